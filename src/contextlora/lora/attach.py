@@ -1,0 +1,169 @@
+"""Putting a graph's blocks on a model, choosing what learns, and taking them off again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from contextlora.errors import AdapterError, ConfigError
+from contextlora.graph import TaskGraph
+from contextlora.lora.gates import GateState, carry_gate_into_recompute, trainable_ranks
+from contextlora.lora.layer import GatedLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(
+    model: Model,
+    graph: TaskGraph,
+    *,
+    layers: str = "all",
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Replaces the language model's linear layers by `GatedLinear`, in place, and adds `model.tasks`.
+
+    Args:
+        model: a transformers causal LM or image-text model. Vision tower, projector and output head are left alone.
+        graph: the tasks, their blocks and order.
+        layers: which decoder layers: "all", "top 1/3", "bottom 1/2", or a range such as "20-29".
+        targets: names of linear layers, e.g. ["q_proj", "v_proj"]; None takes all linears of those decoder layers.
+        seed: decides the first values of A.
+        dtype: of A and B; float32 whatever the model's, as master weights.
+
+    Returns:
+        The same model. `with model.tasks(names):` sets one task a sample; outside it the model is the base model.
+
+    Raises:
+        AdapterError: E301 already attached, E302 no decoder layers or targets found.
+    """
+    if attached_state(model) is not None:
+        raise AdapterError("E301", "the model has blocks attached already; call detach(model) first")
+    prefix, stack = decoder_layers(model)
+    state = GateState(graph)
+    chosen = select_layers(layers, len(stack))
+    found = [
+        (f"{prefix}.{i}.{name}", module)
+        for i in chosen
+        for name, module in stack[i].named_modules()
+        if is_linear(module) and (targets is None or name.rpartition(".")[2] in targets)
+    ]
+    if not found:
+        raise AdapterError("E302", f"no linear layer to attach to in {prefix}, targets {targets}")
+    model.requires_grad_(False)
+    for path, base in found:
+        model.set_submodule(path, GatedLinear(base, state, path, seed=seed, dtype=dtype))
+    model.contextlora_state = state  # type: ignore[assignment]
+    model.tasks = partial(_tasks, model)  # type: ignore[assignment]
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Puts the base layers back, in place; a model without blocks is left as it is."""
+    for path, layer in gated_layers(model).items():
+        model.set_submodule(path, layer.base)
+    for name in ("contextlora_state", "tasks"):
+        if name in model.__dict__:
+            delattr(model, name)
+    return model
+
+
+def attached_state(model: nn.Module) -> GateState | None:
+    """The gate state of a model with blocks, None of a plain one."""
+    return model.__dict__.get("contextlora_state")
+
+
+def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
+    """The gated layers by their path in the model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, GatedLinear)}
+
+
+def graph_of(model: nn.Module) -> TaskGraph:
+    """The attached graph. Raises AdapterError E303 on a plain model."""
+    state = attached_state(model)
+    if state is None:
+        raise AdapterError("E303", "the model has no blocks; call attach(model, graph) first")
+    return state.graph
+
+
+def trainable_parameters(
+    model: nn.Module, tasks: Iterable[str], *, frozen_ratio: float | None = None
+) -> list[nn.Parameter]:
+    """Opens all that may change when `tasks` train, and closes everything else.
+
+    Args:
+        model: a model with blocks attached.
+        tasks: the tasks that train; none of them freezes everything.
+        frozen_ratio: 1 - delta; None takes the graph's.
+
+    Returns:
+        The parameters, requires_grad on these alone. They are views of the learning ranks: an optimizer over them,
+        with weight decay or without, cannot move any other rank.
+    """
+    return [p for group in trainable_groups(model, tasks, frozen_ratio=frozen_ratio).values() for p in group]
+
+
+def trainable_groups(
+    model: nn.Module, tasks: Iterable[str], *, frozen_ratio: float | None = None
+) -> dict[str, list[nn.Parameter]]:
+    """As `trainable_parameters`, by the task that owns each block."""
+    graph, names = graph_of(model), list(tasks)
+    counts: dict[str, int] = {}
+    for task in names:
+        for owner, count in trainable_ranks(graph, task, frozen_ratio).items():
+            counts[owner] = max(count, counts.get(owner, 0))
+    model.requires_grad_(False)
+    state = attached_state(model)
+    assert state is not None
+    state.frozen_ratio = frozen_ratio
+    layers = gated_layers(model).values()
+    for layer in layers:
+        layer.open(counts)
+    return {o: [layer.learning[f"{o}_{side}"] for layer in layers for side in "AB"] for o in counts}
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path and list of the language model's decoder layers. Raises AdapterError E302."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module is getattr(decoder, "layers", None):
+            return path, module
+    raise AdapterError("E302", f"{type(model).__name__}: no decoder with a list of layers found")
+
+
+def select_layers(layers: str, count: int) -> range:
+    """Parses `layers` for a stack of `count` decoder layers: "all", "top 1/3", "bottom 1/2" or "20-29"."""
+    if layers == "all":
+        return range(count)
+    if m := re.fullmatch(r"(top|bottom) (\d+)/(\d+)", layers):
+        share = Fraction(int(m[2]), int(m[3])) if int(m[3]) else Fraction(0)
+        if 0 < share <= 1:
+            n = max(1, round(share * count))
+            return range(count - n, count) if m[1] == "top" else range(n)
+    if (m := re.fullmatch(r"(\d+)-(\d+)", layers)) and int(m[1]) <= int(m[2]) < count:
+        return range(int(m[1]), int(m[2]) + 1)
+    raise ConfigError("E111", f"layers '{layers}': use 'all', 'top 1/3', 'bottom 1/2' or 'first-last' below {count}")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer, quantised or not: it has weights of its own and the two feature counts."""
+    own = any(True for _ in module.parameters(recurse=False))
+    return own and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+@contextmanager
+def _tasks(model: nn.Module, tasks: str | Sequence[str]) -> Iterator[None]:
+    """`model.tasks`: one task name a sample of the batch, or one name for all of them."""
+    state = attached_state(model)
+    assert state is not None
+    carry_gate_into_recompute(model, state)
+    with state.use(state.gate(tasks)):
+        yield

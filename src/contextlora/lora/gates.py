@@ -1,0 +1,143 @@
+"""Which ranks are on for each sample of a batch, and which of them may learn from it.
+
+A gate is state, not a forward hook: activation checkpointing runs a layer's forward again during backward, when hooks
+and contexts of the first run are gone, and would then train the wrong blocks without any error (SEMANTICS section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contextlora.errors import ConfigError, RunError
+from contextlora.graph import TaskGraph
+
+
+def trainable_ranks(graph: TaskGraph, task: str, frozen_ratio: float | None = None) -> dict[str, int]:
+    """How many leading ranks of which blocks learn when `task` trains.
+
+    W[v] learns whole, and of each p in P(v) the first round(delta r_p) ranks, delta = 1 - frozen_ratio.
+    """
+    ratio = graph.frozen_ratio if frozen_ratio is None else frozen_ratio
+    if not 0 <= ratio <= 1:
+        raise ConfigError("E110", f"frozen_ratio is a share between 0 and 1, got {ratio}")
+    partly = {p: round((1 - ratio) * graph.rank_of(p)) for p in graph.prerequisites(task)}
+    return {p: n for p, n in {**partly, task: graph.rank_of(task)}.items() if n}
+
+
+class Gate:
+    """The gate rows of one batch, one row a sample (SEMANTICS section 1: s * g), over the ranks active in any sample.
+
+    Attributes:
+        tasks: task of each sample; a single one stands for every sample of any batch.
+        ranks: the union of active ranks, as a slice where they are contiguous (then weights are views), else indices.
+        active: (samples, ranks) scale of the block where the sample uses the rank, else exactly 0.
+        learns: (samples, ranks) 1 where the sample may train the rank, else 0.
+        columns: where each block that is active lies within `ranks`.
+    """
+
+    def __init__(self, graph: TaskGraph, tasks: Sequence[str], frozen_ratio: float | None = None):
+        self.tasks = tuple(tasks)
+        on = [n for n in graph.names if any(n in graph.active(t) for t in set(self.tasks))]
+        owned = [r for n in on for r in graph.block(n)]
+        contiguous = owned == list(range(owned[0], owned[-1] + 1))
+        self.ranks = slice(owned[0], owned[-1] + 1) if contiguous else torch.tensor(owned)
+        self.columns: dict[str, range] = {}
+        at = 0
+        for n in on:
+            self.columns[n] = range(at, at := at + graph.rank_of(n))
+        rows = {t: self._row(graph, t, at, frozen_ratio) for t in set(self.tasks)}
+        self.active = torch.stack([rows[t][0] for t in self.tasks])
+        self.learns = torch.stack([rows[t][1] for t in self.tasks])
+        self._cast: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def _row(self, graph: TaskGraph, task: str, width: int, frozen_ratio: float | None) -> tuple[Tensor, Tensor]:
+        active, learns = torch.zeros(width), torch.zeros(width)
+        for n in graph.active(task):
+            active[self.columns[n].start : self.columns[n].stop] = graph.scale_of(n)
+        for n, count in trainable_ranks(graph, task, frozen_ratio).items():
+            learns[self.columns[n].start : self.columns[n].start + count] = 1
+        return active, learns
+
+    def rows_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`active` and `learns` shaped (samples, 1, ..., ranks) for activations `x` (samples, ..., features)."""
+        batch = x.shape[0] if x.dim() > 2 else 1
+        key = (batch, x.dim(), x.dtype, x.device)
+        if key not in self._cast:
+            self._cast[key] = (self._fit(self.active, batch, x), self._fit(self.learns, batch, x))
+        return self._cast[key]
+
+    def _fit(self, rows: Tensor, batch: int, x: Tensor) -> Tensor:
+        if rows.shape[0] not in (1, batch):  # beam search and option scoring repeat each sample in place
+            if batch % rows.shape[0]:
+                raise RunError("E501", f"a batch of {batch} samples under tasks for {rows.shape[0]}: {self.tasks}")
+            rows = rows.repeat_interleave(batch // rows.shape[0], 0)
+        shape = (rows.shape[0], *([1] * (x.dim() - 2)), rows.shape[1])
+        return rows.to(x.device, x.dtype).reshape(shape)
+
+
+class GateState:
+    """The gate that a model's gated layers read now; shared by all of them, held by none in a module tree."""
+
+    def __init__(self, graph: TaskGraph):
+        self.graph = graph
+        self.frozen_ratio: float | None = None
+        self.current: Gate | None = None
+        self._gated = False
+
+    def gate(self, tasks: str | Sequence[str]) -> Gate:
+        """Builds the gate for one task name per sample, or for one task whatever the batch."""
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        if not names:
+            raise RunError("E501", "no task named; give one name a sample, or one for all")
+        for n in set(names):
+            self.graph.task(n)
+        return Gate(self.graph, names, self.frozen_ratio)
+
+    @contextmanager
+    def use(self, gate: Gate | None) -> Iterator[None]:
+        """Makes `gate` the current one inside the block."""
+        before, self.current = self.current, gate
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def read(self) -> Gate | None:
+        """The current gate; None outside any block. Raises RunError E502 in a recompute that lost its gate."""
+        recompute = torch._C._current_graph_task_id() != -1
+        if recompute and self.current is None and self._gated:
+            raise RunError(
+                "E502",
+                "a layer is recomputed during backward outside `with model.tasks(...)`: "
+                "call backward() inside the block when you checkpoint activations yourself",
+            )
+        if not recompute:
+            self._gated = self.current is not None
+        return self.current
+
+
+def carry_gate_into_recompute(model: nn.Module, state: GateState) -> None:
+    """Makes transformers' activation checkpointing recompute each layer under the gate of its first run."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not hasattr(function, "carries_gate"):
+            module._gradient_checkpointing_func = _with_gate(function, state)  # type: ignore[assignment]
+
+
+def _with_gate(checkpoint: Callable[..., Any], state: GateState) -> Callable[..., Any]:
+    def checkpoint_with_gate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gate = state.current
+
+        def run(*inner: Any, **inner_kwargs: Any) -> Any:
+            with state.use(gate):
+                return function(*inner, **inner_kwargs)
+
+        return checkpoint(run if gate is not None else function, *args, **kwargs)
+
+    checkpoint_with_gate.carries_gate = True  # type: ignore[attr-defined]
+    return checkpoint_with_gate

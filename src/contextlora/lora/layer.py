@@ -1,0 +1,169 @@
+"""The gated linear layer, the only hot path: y = W x + B (s * g * (A x)), SEMANTICS section 1.
+
+Shapes: x (samples, tokens, d_in), A (R, d_in), B (R, d_out). B is stored transposed, so that a task's block is one
+contiguous row slice of both matrices and slicing, freezing, exporting and sending it are views.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contextlora.graph import TaskGraph
+from contextlora.lora.gates import Gate, GateState
+
+
+class GatedLinear(nn.Module):
+    """A frozen linear layer with one low-rank block for each task of a graph.
+
+    A and B are buffers: no optimizer can reach them. What may learn is made a Parameter by `open`, as a view of the
+    rows that may change and of nothing else, so that even weight decay cannot touch a frozen rank.
+
+    Args:
+        base: the frozen layer, `nn.Linear` or anything with in_features, out_features and a forward. It is called,
+            never copied, so a quantised layer stays as it is.
+        state: the model's shared gate.
+        name: the layer's path in the model; with `seed` and the task's name it decides each block's first values.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Module, state: GateState, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.base = base
+        self.name = name
+        self._state = state
+        device = next(base.parameters()).device
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+        ranks = state.graph.total_rank
+        self.register_buffer("A", torch.empty(ranks, self.in_features, dtype=dtype, device=device))
+        self.register_buffer("B", torch.zeros(ranks, self.out_features, dtype=dtype, device=device))
+        self.learning = nn.ParameterDict()
+        self._rows: dict[str, range] = {}
+        for task in state.graph.names:
+            self.reset(task, seed)
+
+    @torch.no_grad()
+    def reset(self, task: str, seed: int) -> None:
+        """Gives a task's block its first values: A uniform as in LoRA (Kaiming, a = sqrt 5), B zero.
+
+        The values depend on seed, layer and task alone: declaring another task does not change them.
+        """
+        block = self.graph.block(task)
+        digest = hashlib.sha256(f"{seed}|{self.name}|{task}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        bound = 1 / math.sqrt(self.in_features)
+        first = (torch.rand(len(block), self.in_features, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        self.A[block.start : block.stop] = first.to(self.A)
+        self.B[block.start : block.stop] = 0
+
+    @property
+    def graph(self) -> TaskGraph:
+        """The graph whose blocks this layer holds."""
+        return self._state.graph
+
+    def block(self, task: str) -> tuple[Tensor, Tensor]:
+        """A task's own rows of A (r, d_in) and B (r, d_out), as views."""
+        rows = self.graph.block(task)
+        return self.A[rows.start : rows.stop], self.B[rows.start : rows.stop]
+
+    def open(self, counts: dict[str, int]) -> None:
+        """Makes the first `counts[task]` ranks of each named block Parameters; all other ranks become plain buffers."""
+        self.learning = nn.ParameterDict()
+        self._rows = {}
+        for task, count in counts.items():
+            start = self.graph.block(task).start
+            self._rows[task] = range(start, start + count)
+            self.learning[f"{task}_A"] = nn.Parameter(self.A[start : start + count])
+            self.learning[f"{task}_B"] = nn.Parameter(self.B[start : start + count])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for task, rows in self._rows.items():  # moving a module makes copies: be views again
+            self.learning[f"{task}_A"].data = self.A[rows.start : rows.stop]
+            self.learning[f"{task}_B"].data = self.B[rows.start : rows.stop]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self._state.read()
+        if gate is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        open_blocks = [t for t in self._rows if t in gate.columns] if torch.is_grad_enabled() else []
+        learning = [self.learning[f"{t}_{side}"] for t in open_blocks for side in "AB"]
+        columns = [range(c.start, c.start + len(self._rows[t])) for t, c in gate.columns.items() if t in self._rows]
+        if self._plain(x):
+            return _Gated.apply(x, self.base.weight, self.base.bias, self.A, self.B, gate, columns, *learning)  # type: ignore[no-any-return, no-untyped-call]
+        y = self.base(x)
+        return y + _Gated.apply(x.to(y.dtype), None, None, self.A, self.B, gate, columns, *learning)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _plain(self, x: Tensor) -> bool:
+        """Whether base and block can share one kernel: an ordinary frozen linear, outside autocast."""
+        return (
+            type(self.base) is nn.Linear
+            and not self.base.weight.requires_grad
+            and x.dtype == self.base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def extra_repr(self) -> str:
+        return f"blocks={{{', '.join(f'{t}: {self.graph.rank_of(t)}' for t in self.graph.names)}}}"
+
+
+class _Gated(torch.autograd.Function):
+    """y = [W x + b] + (s g * (x A^T)) B with its hand-written gradient; without W only the low-rank term.
+
+    dx = dy W + (s g * (dy B^T)) A over all active ranks: a frozen block still passes gradient on.
+    dA = (learns * s g * (dy B^T))^T x and dB = (learns * s g * (x A^T))^T dy over the learning ranks alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        gate: Gate,
+        columns: list[range],
+        *learning: Tensor,
+    ) -> Tensor:
+        active, learns = gate.rows_for(x)
+        a, b = A[gate.ranks].to(x.dtype), B[gate.ranks].to(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        h = _times(flat @ a.T, active, x)
+        if weight is None:
+            y = h @ b
+        else:
+            y = F.linear(flat, weight, bias).addmm_(h, b)
+        ctx.save_for_backward(flat, weight, a, b, h, active, learns)
+        ctx.columns, ctx.shape = columns, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        flat, weight, a, b, h, active, learns = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        dh = _times(dy @ b.T, active, ctx)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dh @ a if weight is None else (dy @ weight).addmm_(dh, a)
+            dx = dx.view(ctx.shape)
+        grads: list[Tensor] = []
+        if ctx.columns:
+            dh, h = _times(dh, learns, ctx), _times(h, learns, ctx)
+            for c in ctx.columns:
+                grads += [dh[:, c.start : c.stop].T @ flat, h[:, c.start : c.stop].T @ dy]
+        return dx, None, None, None, None, None, None, *grads
+
+
+def _times(h: Tensor, rows: Tensor, like: Any) -> Tensor:
+    """h (samples * tokens, ranks) times one row (ranks) for each sample."""
+    return (h.view(*like.shape[:-1], -1) * rows).view(h.shape)
