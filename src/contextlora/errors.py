@@ -1,4 +1,4 @@
-"""One exception tree. Every error a user can meet has a stable code, says what was wrong, where, and what would be right.
+"""One exception tree. Every error a user can meet has a stable code and says what was wrong, where, and what is right.
 
 E1xx configuration and graphs · E2xx data · E3xx adapters · E4xx plans · E5xx runs · E6xx peers · E7xx serving.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ContextLoRAError(Exception):
@@ -29,7 +30,8 @@ class ContextLoRAError(Exception):
     def __str__(self) -> str:
         return f"{self.code} {self.where}: {self.message}" if self.where else f"{self.code} {self.message}"
 
-    def __reduce__(self):  # keyword-only `where` would be lost when the error crosses a process boundary
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickling by `args` alone would lose the keyword `where` when the error crosses a process boundary.
         return _rebuild, (type(self), self.code, self.message, self.where)
 
 

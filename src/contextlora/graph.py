@@ -66,7 +66,7 @@ class Task(Strict):
     def _some_options(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and not 2 <= len(value) <= MAX_OPTIONS:
             raise ValueError(f"needs 2 to {MAX_OPTIONS} options, got {len(value)}")
-        if value and any(o != o.strip() or "\n" in o for o in value):
+        if value and any(o != o.strip() or len(o.splitlines()) > 1 for o in value):
             raise ValueError("an option may not begin or end with a space or hold a line break")
         return value
 
@@ -77,7 +77,7 @@ class _GraphFile(Strict):
     name: Annotated[str, Field(min_length=1, max_length=200)] = "workflow"
     rank: Rank = 8
     prerequisites: Literal["direct", "all"] = "direct"
-    frozen_ratio: Annotated[float, Field(ge=0, le=1, strict=False)] = 1.0
+    frozen_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     tasks: Annotated[dict[str, Task], Field(min_length=1, max_length=256)]
 
 
@@ -99,6 +99,7 @@ class TaskGraph:
     frozen_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        self._as_file()
         self._check_names()
         self.levels()  # refuses cycles
 
@@ -118,15 +119,13 @@ class TaskGraph:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of graph.yaml, without defaults."""
-        full = _GraphFile(
-            name=self.name,
-            rank=self.rank,
-            prerequisites=self.prerequisite_rule,
-            frozen_ratio=self.frozen_ratio,
-            tasks=dict(self.tasks),
-        )
-        data = json.loads(full.model_dump_json(exclude_defaults=True))
+        data = json.loads(self._as_file().model_dump_json(exclude_defaults=True))
         return {"name": self.name, "rank": self.rank, **data}
+
+    def _as_file(self) -> _GraphFile:
+        """The validated contents of graph.yaml. Raises ConfigError E103 for a graph built by hand that is none."""
+        fields = {"name": self.name, "rank": self.rank, "frozen_ratio": self.frozen_ratio}
+        return validate(_GraphFile, fields | {"prerequisites": self.prerequisite_rule, "tasks": dict(self.tasks)})
 
     def save(self, path: str | Path) -> None:
         """Writes graph.yaml."""
@@ -232,7 +231,7 @@ class TaskGraph:
 
     def to_svg(self) -> str:
         """The graph as an SVG picture: one column a level, roots on the left."""
-        levels, width, step = self.levels(), 170, 70
+        levels, width, step = self.levels(), max(170, 9 * max(map(len, self.tasks)) + 20), 70
         tall = max(len(level) for level in levels)
         at = {
             n: (20 + i * (width + 50), 20 + step * (j + (tall - len(level)) / 2))
@@ -252,7 +251,8 @@ class TaskGraph:
             for n, (x, y) in at.items()
         ]
         w, h = len(levels) * (width + 50) - 10, tall * step + 14
-        return _SVG.format(w=w, h=h, title=escape(self.name), body="\n".join(lines + boxes))
+        title = "".join(c for c in self.name if c.isprintable())  # XML knows no escape for control characters
+        return _SVG.format(w=w, h=h, title=escape(title), body="\n".join(lines + boxes))
 
     # --- checks ------------------------------------------------------------------------------------------------------
 

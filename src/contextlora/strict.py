@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,11 +25,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases and duplicate keys, where only `true` and `false` are booleans (YAML 1.2)."""
+    """SafeLoader without aliases, tags and duplicate keys, where only `true` and `false` are booleans (YAML 1.2)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):  # an alias bomb is small on disk and huge once walked
             raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+        if getattr(event := self.peek_event(), "tag", None):  # `!!int ""` crashes the constructor
+            raise yaml.MarkedYAMLError(problem="tags are not allowed", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -43,8 +45,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# `options: [yes, no]` must stay two words, and 2024-01-01 a string.
-_DROPPED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+# `options: [yes, no]` must stay two words, 2024-01-01 a string, and `<<` and `=` have no meaning of their own.
+_DROPPED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "timestamp", "merge", "value")}
 _Loader.yaml_implicit_resolvers = {
     first: [rule for rule in rules if rule[0] not in _DROPPED]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -67,9 +69,11 @@ def read_yaml(path: str | Path) -> Any:
     """Reads a YAML file of at most 4 MiB. Raises ConfigError E101 or E102."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # a pipe or device has no size to ask for
+        if len(raw) > MAX_BYTES:
             raise ConfigError("E102", f"larger than {MAX_BYTES >> 20} MiB; is this the right file?", where=path)
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError("E102", "no such file", where=path) from None
     except OSError as e:
@@ -99,22 +103,25 @@ def _fault(model: type[BaseModel], fault: Any) -> str:
         return f"{path}: unknown key.{hint}"
     if fault["type"] == "missing":
         return f"{path}: is missing"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if fault["type"] == "value_error":
+        message = fault["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
-    return f"{path}: should be {message}, got {_show(fault['input'])}"
+    message = re.sub(r"^\w+ should |( or instance of \w+)| after validation, not \d+", "", fault["msg"])
+    return f"{path}: should {message}, got {_show(fault['input'])}"
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     """The field names of the (sub)model that the path `loc` leads to."""
-    for step in loc:
+    steps = iter(loc)
+    for step in steps:
         field = model.model_fields.get(str(step))
-        if field is None:  # a mapping's key or a list's index inside the current annotation
-            continue
-        models = [a for a in (field.annotation, *_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not models:
+        inner = [] if field is None else [field.annotation, *_args(field.annotation)]
+        models = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+        if field is None or not models:
             return []
         model = models[0]
+        if get_origin(field.annotation) in (dict, list, tuple):
+            next(steps, None)  # a mapping's key or a list's index, which may well be called like a field
     return list(model.model_fields)
 
 

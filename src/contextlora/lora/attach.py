@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from contextlora.errors import AdapterError, ConfigError
+from contextlora.errors import AdapterError, ConfigError, did_you_mean
 from contextlora.graph import TaskGraph
-from contextlora.lora.gates import GateState, carry_gate_into_recompute, trainable_ranks
+from contextlora.lora.gates import GateState, carry_gate_into_recompute, stop_carrying, trainable_ranks
 from contextlora.lora.layer import GatedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,27 +49,38 @@ def attach(
         raise AdapterError("E301", "the model has blocks attached already; call detach(model) first")
     prefix, stack = decoder_layers(model)
     state = GateState(graph)
-    chosen = select_layers(layers, len(stack))
-    found = [
-        (f"{prefix}.{i}.{name}", module)
-        for i in chosen
+    found = {
+        f"{prefix}.{i}.{name}": module
+        for i in select_layers(layers, len(stack))
         for name, module in stack[i].named_modules()
-        if is_linear(module) and (targets is None or name.rpartition(".")[2] in targets)
-    ]
+        if is_linear(module)
+    }
+    if targets is not None:
+        found = _only(found, [targets] if isinstance(targets, str) else targets)
     if not found:
-        raise AdapterError("E302", f"no linear layer to attach to in {prefix}, targets {targets}")
+        raise AdapterError("E302", "no linear layer to attach to", where=prefix)
     model.requires_grad_(False)
-    for path, base in found:
+    for path, base in found.items():
         model.set_submodule(path, GatedLinear(base, state, path, seed=seed, dtype=dtype))
     model.contextlora_state = state  # type: ignore[assignment]
     model.tasks = partial(_tasks, model)  # type: ignore[assignment]
     return model
 
 
+def _only(found: dict[str, nn.Module], targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The linears whose last name is one of `targets`. Raises AdapterError E302 for a name that none of them has."""
+    known = dict.fromkeys(path.rpartition(".")[2] for path in found)
+    for t in targets:
+        if t not in known:
+            raise AdapterError("E302", f"no linear layer '{t}'.{did_you_mean(t, known)} There are: {', '.join(known)}.")
+    return {path: m for path, m in found.items() if path.rpartition(".")[2] in targets}
+
+
 def detach(model: Model) -> Model:
-    """Puts the base layers back, in place; a model without blocks is left as it is."""
+    """Puts the base layers back, in place; a model without blocks is left as it is. Base weights stay frozen."""
     for path, layer in gated_layers(model).items():
         model.set_submodule(path, layer.base)
+    stop_carrying(model)
     for name in ("contextlora_state", "tasks"):
         if name in model.__dict__:
             delattr(model, name)
@@ -115,7 +126,7 @@ def trainable_groups(
     model: nn.Module, tasks: Iterable[str], *, frozen_ratio: float | None = None
 ) -> dict[str, list[nn.Parameter]]:
     """As `trainable_parameters`, by the task that owns each block."""
-    graph, names = graph_of(model), list(tasks)
+    graph, names = graph_of(model), [tasks] if isinstance(tasks, str) else list(tasks)
     counts: dict[str, int] = {}
     for task in names:
         for owner, count in trainable_ranks(graph, task, frozen_ratio).items():
@@ -133,8 +144,10 @@ def trainable_groups(
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path and list of the language model's decoder layers. Raises AdapterError E302."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    stack = getattr(decoder, "layers", max(lists, key=len, default=None))  # elsewhere called `h` or `blocks`
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and module is getattr(decoder, "layers", None):
+        if isinstance(module, nn.ModuleList) and module is stack:
             return path, module
     raise AdapterError("E302", f"{type(model).__name__}: no decoder with a list of layers found")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,11 +39,14 @@ class Gate:
         active: (samples, ranks) scale of the block where the sample uses the rank, else exactly 0.
         learns: (samples, ranks) 1 where the sample may train the rank, else 0.
         columns: where each block that is active lies within `ranks`.
+        teaches: the tasks some rank of whose block learns from some sample; no other block gets a gradient.
+        stamp: a number that two gates share only if they are alike.
     """
 
     def __init__(self, graph: TaskGraph, tasks: Sequence[str], frozen_ratio: float | None = None):
         self.tasks = tuple(tasks)
-        on = [n for n in graph.names if any(n in graph.active(t) for t in set(self.tasks))]
+        used = dict.fromkeys(self.tasks)
+        on = [n for n in graph.names if any(n in graph.active(t) for t in used)]
         owned = [r for n in on for r in graph.block(n)]
         contiguous = owned == list(range(owned[0], owned[-1] + 1))
         self.ranks = slice(owned[0], owned[-1] + 1) if contiguous else torch.tensor(owned)
@@ -50,26 +54,37 @@ class Gate:
         at = 0
         for n in on:
             self.columns[n] = range(at, at := at + graph.rank_of(n))
-        rows = {t: self._row(graph, t, at, frozen_ratio) for t in set(self.tasks)}
+        self.teaches = tuple(dict.fromkeys(n for t in used for n in trainable_ranks(graph, t, frozen_ratio)))
+        rows = {t: self._row(graph, t, at, frozen_ratio) for t in used}
         self.active = torch.stack([rows[t][0] for t in self.tasks])
         self.learns = torch.stack([rows[t][1] for t in self.tasks])
-        self._cast: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.stamp = torch.tensor(hash((self.tasks, frozen_ratio)))
+        self._cast: dict[Any, tuple[slice | Tensor, Tensor, Tensor]] = {}
 
     def _row(self, graph: TaskGraph, task: str, width: int, frozen_ratio: float | None) -> tuple[Tensor, Tensor]:
-        active, learns = torch.zeros(width), torch.zeros(width)
+        active, learns = torch.zeros(2, width, dtype=torch.float64)
         for n in graph.active(task):
             active[self.columns[n].start : self.columns[n].stop] = graph.scale_of(n)
         for n, count in trainable_ranks(graph, task, frozen_ratio).items():
             learns[self.columns[n].start : self.columns[n].start + count] = 1
         return active, learns
 
-    def rows_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`active` and `learns` shaped (samples, 1, ..., ranks) for activations `x` (samples, ..., features)."""
+    def rows_for(self, x: Tensor) -> tuple[slice | Tensor, Tensor, Tensor]:
+        """`ranks`, and `active` and `learns` as (samples, 1, ..., ranks), for activations `x` (samples, ..., features).
+
+        Raises RunError E501 if the batch is no multiple of the samples named.
+        """
         batch = x.shape[0] if x.dim() > 2 else 1
-        key = (batch, x.dim(), x.dtype, x.device)
+        key = (batch, x.dim(), x.dtype, x.device, torch.is_inference_mode_enabled())
         if key not in self._cast:
-            self._cast[key] = (self._fit(self.active, batch, x), self._fit(self.learns, batch, x))
+            ranks = self.ranks.to(x.device) if isinstance(self.ranks, Tensor) else self.ranks
+            self._cast[key] = (ranks, self._fit(self.active, batch, x), self._fit(self.learns, batch, x))
         return self._cast[key]
+
+    def check(self, stamp: Tensor) -> None:
+        """Raises RunError E502 if saved tensors were recomputed under another gate than this one."""
+        if int(stamp) != int(self.stamp):
+            raise RunError("E502", f"a layer that ran for tasks {self.tasks} was recomputed for others: {_INSIDE}")
 
     def _fit(self, rows: Tensor, batch: int, x: Tensor) -> Tensor:
         if rows.shape[0] not in (1, batch):  # beam search and option scoring repeat each sample in place
@@ -80,14 +95,24 @@ class Gate:
         return rows.to(x.device, x.dtype).reshape(shape)
 
 
+_INSIDE = "call backward() inside its `with model.tasks(...)` when you checkpoint activations yourself"
+
+
 class GateState:
-    """The gate that a model's gated layers read now; shared by all of them, held by none in a module tree."""
+    """The gate that a model's gated layers read now; shared by all of them, held by none in a module tree.
+
+    One thread at a time: two threads that run one model under different tasks would read each other's gate.
+    """
 
     def __init__(self, graph: TaskGraph):
         self.graph = graph
         self.frozen_ratio: float | None = None
         self.current: Gate | None = None
-        self._gated = False
+        self._inside = False  # within `use`, where the gate, or None, is what the caller means
+        self._used = False  # whether any gate was ever set
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy made inside a block is not inside that block
+        return {**vars(self), "current": None, "_inside": False}
 
     def gate(self, tasks: str | Sequence[str]) -> Gate:
         """Builds the gate for one task name per sample, or for one task whatever the batch."""
@@ -100,36 +125,45 @@ class GateState:
 
     @contextmanager
     def use(self, gate: Gate | None) -> Iterator[None]:
-        """Makes `gate` the current one inside the block."""
-        before, self.current = self.current, gate
+        """Makes `gate` the current one inside the block; None is the base model."""
+        before = self.current, self._inside
+        self.current, self._inside = gate, True
+        self._used |= gate is not None
         try:
             yield
         finally:
-            self.current = before
+            self.current, self._inside = before
 
     def read(self) -> Gate | None:
-        """The current gate; None outside any block. Raises RunError E502 in a recompute that lost its gate."""
-        recompute = torch._C._current_graph_task_id() != -1
-        if recompute and self.current is None and self._gated:
-            raise RunError(
-                "E502",
-                "a layer is recomputed during backward outside `with model.tasks(...)`: "
-                "call backward() inside the block when you checkpoint activations yourself",
-            )
-        if not recompute:
-            self._gated = self.current is not None
+        """The current gate; None outside any block.
+
+        Raises RunError E502 in a recompute that may have lost its gate. What this cannot see is a *reentrant*
+        checkpoint of the user's own, recomputed inside another task's block: it leaves no trace of its first run.
+        """
+        if self._used and not self._inside and torch._C._current_graph_task_id() != -1:
+            raise RunError("E502", f"a layer is recomputed during backward outside any block: {_INSIDE}")
         return self.current
 
 
 def carry_gate_into_recompute(model: nn.Module, state: GateState) -> None:
     """Makes transformers' activation checkpointing recompute each layer under the gate of its first run."""
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and not hasattr(function, "carries_gate"):
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None and getattr(function, "carries_gate_of", None) is not state:
+            function = getattr(function, "__wrapped__", function)  # of a model this one was copied from
             module._gradient_checkpointing_func = _with_gate(function, state)  # type: ignore[assignment]
 
 
+def stop_carrying(model: nn.Module) -> None:
+    """Undoes `carry_gate_into_recompute`."""
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if hasattr(function, "carries_gate_of"):
+            module._gradient_checkpointing_func = function.__wrapped__  # type: ignore[union-attr]
+
+
 def _with_gate(checkpoint: Callable[..., Any], state: GateState) -> Callable[..., Any]:
+    @wraps(checkpoint)
     def checkpoint_with_gate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         gate = state.current
 
@@ -137,7 +171,7 @@ def _with_gate(checkpoint: Callable[..., Any], state: GateState) -> Callable[...
             with state.use(gate):
                 return function(*inner, **inner_kwargs)
 
-        return checkpoint(run if gate is not None else function, *args, **kwargs)
+        return checkpoint(run, *args, **kwargs)
 
-    checkpoint_with_gate.carries_gate = True  # type: ignore[attr-defined]
+    checkpoint_with_gate.carries_gate_of = state  # type: ignore[attr-defined]
     return checkpoint_with_gate

@@ -34,7 +34,9 @@ class GatedLinear(nn.Module):
     A: Tensor
     B: Tensor
 
-    def __init__(self, base: nn.Module, state: GateState, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, base: nn.Module, state: GateState, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         self.base = base
         self.name = name
@@ -84,30 +86,45 @@ class GatedLinear(nn.Module):
             self.learning[f"{task}_B"] = nn.Parameter(self.B[start : start + count])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        for task, rows in self._rows.items():  # moving a module makes copies: be views again
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._be_views()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy and unpickling come by here
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._be_views()
+
+    def _be_views(self) -> None:
+        """Ties the learning parameters to A and B again; moving or copying a module gives each its own memory."""
+        for task, rows in self._rows.items():
             self.learning[f"{task}_A"].data = self.A[rows.start : rows.stop]
             self.learning[f"{task}_B"].data = self.B[rows.start : rows.stop]
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self._state.read()
         if gate is None:
             return self.base(x)  # type: ignore[no-any-return]
-        open_blocks = [t for t in self._rows if t in gate.columns] if torch.is_grad_enabled() else []
-        learning = [self.learning[f"{t}_{side}"] for t in open_blocks for side in "AB"]
-        columns = [range(c.start, c.start + len(self._rows[t])) for t, c in gate.columns.items() if t in self._rows]
+        taught = [t for t in gate.teaches if t in self._rows] if torch.is_grad_enabled() else []
+        learning = [self.learning[f"{t}_{side}"] for t in taught for side in "AB"]
+        columns = [gate.columns[t][: len(self._rows[t])] for t in taught]
         if self._plain(x):
             return _Gated.apply(x, self.base.weight, self.base.bias, self.A, self.B, gate, columns, *learning)  # type: ignore[no-any-return, no-untyped-call]
         y = self.base(x)
         return y + _Gated.apply(x.to(y.dtype), None, None, self.A, self.B, gate, columns, *learning)  # type: ignore[no-any-return, no-untyped-call]
 
     def _plain(self, x: Tensor) -> bool:
-        """Whether base and block can share one kernel: an ordinary frozen linear, outside autocast."""
+        """Whether base and block can share one kernel: an ordinary frozen linear without hooks, outside autocast.
+
+        Offloading replaces a layer's forward, and some quantisers its weight by a tensor subclass: those are called.
+        """
+        base = self.base
         return (
-            type(self.base) is nn.Linear
-            and not self.base.weight.requires_grad
-            and x.dtype == self.base.weight.dtype
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and x.dtype == base.weight.dtype
+            and "forward" not in vars(base)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and not any(p.requires_grad for p in base._parameters.values() if p is not None)
             and not torch.is_autocast_enabled(x.device.type)
         )
 
@@ -134,22 +151,20 @@ class _Gated(torch.autograd.Function):
         columns: list[range],
         *learning: Tensor,
     ) -> Tensor:
-        active, learns = gate.rows_for(x)
-        a, b = A[gate.ranks].to(x.dtype), B[gate.ranks].to(x.dtype)
+        ranks, active, learns = gate.rows_for(x)
+        a, b = A[ranks].to(x.dtype), B[ranks].to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         h = _times(flat @ a.T, active, x)
-        if weight is None:
-            y = h @ b
-        else:
-            y = F.linear(flat, weight, bias).addmm_(h, b)
-        ctx.save_for_backward(flat, weight, a, b, h, active, learns)
-        ctx.columns, ctx.shape = columns, x.shape
-        return y.view(*x.shape[:-1], -1)
+        y = h @ b if weight is None else F.linear(flat, weight, bias).addmm_(h, b)
+        ctx.save_for_backward(flat, weight, a, b, h, active, learns, gate.stamp)
+        ctx.columns, ctx.shape, ctx.gate, ctx.master = columns, x.shape, gate, A.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        flat, weight, a, b, h, active, learns = ctx.saved_tensors
+        flat, weight, a, b, h, active, learns, stamp = ctx.saved_tensors
+        ctx.gate.check(stamp)  # saved tensors may come from a recompute
         dy = dy.reshape(-1, dy.shape[-1])
         dh = _times(dy @ b.T, active, ctx)
         dx = None
@@ -158,12 +173,15 @@ class _Gated(torch.autograd.Function):
             dx = dx.view(ctx.shape)
         grads: list[Tensor] = []
         if ctx.columns:
-            dh, h = _times(dh, learns, ctx), _times(h, learns, ctx)
+            start = min(c.start for c in ctx.columns)  # one product for all blocks: thin ones cost as much as wide ones
+            span = slice(start, max(c.stop for c in ctx.columns))
+            dA = (_times(dh, learns, ctx)[:, span].T @ flat).to(ctx.master)
+            dB = (_times(h, learns, ctx)[:, span].T @ dy).to(ctx.master)
             for c in ctx.columns:
-                grads += [dh[:, c.start : c.stop].T @ flat, h[:, c.start : c.stop].T @ dy]
+                grads += [dA[c.start - start : c.stop - start], dB[c.start - start : c.stop - start]]
         return dx, None, None, None, None, None, None, *grads
 
 
 def _times(h: Tensor, rows: Tensor, like: Any) -> Tensor:
     """h (samples * tokens, ranks) times one row (ranks) for each sample."""
-    return (h.view(*like.shape[:-1], -1) * rows).view(h.shape)
+    return (h.view(*like.shape[:-1], h.shape[-1]) * rows).view(h.shape)

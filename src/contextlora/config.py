@@ -1,0 +1,136 @@
+"""The run configuration: one YAML file, strict, with overrides; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from contextlora.errors import ConfigError
+from contextlora.strict import Strict, parse_yaml, read_yaml, validate
+
+Share = Annotated[float, Field(ge=0, le=1, strict=False)]
+Positive = Annotated[float, Field(gt=0, strict=False)]
+
+
+class AlignConfig(Strict):
+    """The projector's own stage, before the tasks (SEMANTICS: whatever tasks share is frozen while they train)."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    lr: Positive = 1e-3
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class TrainConfig(Strict):
+    """How the blocks are trained. Defaults: the ContextLoRA paper's Table II.
+
+    Attributes:
+        epochs: passes over each task's samples.
+        batch_size: samples of one task in one update; a level of n tasks trains n x batch_size samples a step.
+        lr: peak learning rate, cosine decay to zero after a linear warm-up over `warmup_ratio` of the updates.
+        max_grad_norm: gradient clipping, per task; 0 turns it off.
+        accumulate: micro-batches of batch_size for one update.
+        schedule: "level" trains all tasks of a level together, "sequential" one task after another (Algorithm 1).
+        frozen_ratio: 1 - delta; None takes the graph's.
+        context: whether prerequisite answers enter the prompt: "none", "gold" (labels) or "predicted" (own answers).
+        layers: decoder layers that carry blocks: "all", "top 1/3", "bottom 1/2" or "first-last".
+        targets: names of linears that carry blocks; None means all of a decoder layer.
+        label_noise: share of the roots' training pairs that are shuffled (robustness experiments).
+        max_train: use at most this many training records.
+        prefix_cache_gb: memory for activations of frozen layers below the first block; 0 recomputes them.
+        checkpoint_every: updates between checkpoints.
+        activation_checkpointing: recompute activations in backward to save memory.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    lr: Positive = 2e-4
+    warmup_ratio: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0, strict=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, strict=False)] = 1.0
+    accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
+    schedule: Literal["level", "sequential"] = "level"
+    frozen_ratio: Share | None = None
+    context: Literal["none", "gold", "predicted"] = "none"
+    layers: str = "all"
+    targets: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    label_noise: Share = 0.0
+    max_train: Annotated[int, Field(ge=1)] | None = None
+    prefix_cache_gb: Annotated[float, Field(ge=0, strict=False)] = 2.0
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200
+    activation_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class RunConfig(Strict):
+    """A run: what is trained, on what, and where the result goes.
+
+    Attributes:
+        model: "smol", a hub id, or a folder.
+        data: the data folder (data.jsonl, images/).
+        graph: graph.yaml; None takes the one in the data folder.
+        out: the run's folder: adapter/, checkpoints/, metrics.jsonl.
+        dtype: of the frozen model; blocks are float32 always.
+        device: where to run, e.g. "cpu" or "cuda".
+        trackers: further metric sinks beside metrics.jsonl.
+    """
+
+    model: str = "smol"
+    data: str = "data"
+    graph: str | None = None
+    out: str = "runs/run"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
+    align: AlignConfig = AlignConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def graph_path(self) -> Path:
+        """Where the graph is read from."""
+        return Path(self.graph) if self.graph else Path(self.data) / "graph.yaml"
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a run configuration; relative paths in it count from the file's own folder.
+
+    Args:
+        path: the YAML file; None starts from the defaults.
+        overrides: "a.b=value" strings, values in YAML.
+
+    Raises:
+        ConfigError: E101 to E103, all faults at once.
+    """
+    data: Any = {} if path is None else read_yaml(path)
+    if data is None:
+        data = {}
+    for text in overrides:
+        data = _override(data, text)
+    config = validate(RunConfig, data, path or "--set")
+    if path is None:
+        return config
+    home = Path(path).parent
+    moved = {k: str(home / v) for k in ("data", "graph", "out") if (v := getattr(config, k)) is not None}
+    if (home / config.model).is_dir():
+        moved["model"] = str(home / config.model)
+    return config.model_copy(update=moved)
+
+
+def _override(data: Any, text: str) -> Any:
+    """`data` with one "a.b=value" set."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("E107", f"'{text}' should be KEY=VALUE, e.g. train.epochs=2", where="--set")
+    if not isinstance(data, dict):
+        raise ConfigError("E103", f"expected keys and values, got {data!r}")
+    data = dict(data)
+    node = data
+    *parents, last = key.split(".")
+    for p in parents:
+        child = node.get(p)
+        node[p] = dict(child) if isinstance(child, dict) else {}
+        node = node[p]
+    node[last] = parse_yaml(value, f"--set {key}")
+    return data

@@ -1,0 +1,209 @@
+"""Asking a model: the likeliest option set, or a generated answer; and how often it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from contextlora.data.collate import Batch, Encoder, Sample, answer_text, collate
+from contextlora.data.records import Example, load_examples
+from contextlora.errors import DataError
+from contextlora.evaluation.metrics import Accuracy, parse_answer, score
+from contextlora.graph import TaskGraph
+from contextlora.lora.attach import attached_state
+from contextlora.models.inputs import ImageFeatures, logits_at
+
+Method = Literal["likelihood", "generate"]
+Answers = dict[str, tuple[str, ...]]  # by example id
+MAX_ROWS = 256  # candidate answers scored at once
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy by task, and what was answered.
+
+    Attributes:
+        accuracy: the paper's metric with its 95 % interval over items, by task.
+        answers: by task, then by example id.
+    """
+
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    answers: dict[str, Answers] = field(default_factory=dict)
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    graph: TaskGraph,
+    *,
+    data: str | Path,
+    split: str = "test",
+    tasks: Iterable[str] | None = None,
+    method: Method = "likelihood",
+    context: str = "none",
+    features: ImageFeatures | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures accuracy per task on one split of a data folder.
+
+    Args:
+        model: attached (each task under its own gate) or plain (the base model answers).
+        processor: the model's processor or tokenizer.
+        graph: whose tasks are asked.
+        data: the data folder.
+        split: "train", "valid" or "test".
+        tasks: which tasks; None means all.
+        method: "likelihood" picks the likeliest option set, "generate" writes an answer and checks its format.
+        context: "none", "gold" (prerequisites' labels in the prompt) or "predicted" (their own answers).
+        features: reused image features.
+        progress: called with (asked, total).
+
+    Raises:
+        DataError: E230 when the split has no example.
+    """
+    examples = load_examples(data, graph, split=split)
+    if not examples:
+        raise DataError("E230", f"no record of split '{split}'", where=data)
+    reader = features or ImageFeatures(model, Encoder(processor, graph))
+    wanted = list(tasks) if tasks is not None else list(graph.names)
+    result = Evaluation()
+    total, done = sum(1 for t in wanted for e in examples if t in e.answers), 0
+    for task in (t for level in graph.levels() for t in level if t in wanted):
+        asked = [e for e in examples if task in e.answers]
+        known = context_for(reader, asked, task, context, result.answers)
+        result.answers[task] = answer(reader, asked, task, method=method, known=known)
+        result.accuracy[task] = Accuracy.of([score(result.answers[task][e.id], e.answers[task]) for e in asked])
+        done += len(asked)
+        if progress:
+            progress(done, total)
+    return result
+
+
+def context_for(
+    reader: ImageFeatures, examples: Sequence[Example], task: str, context: str, given: dict[str, Answers]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """What the prompt of `task` says of its prerequisites, by example id; `given` holds and keeps answers so far."""
+    if context == "none":
+        return {}
+    graph = reader.encoder.graph
+    before = graph.prerequisites(task)
+    if context == "gold":
+        return {e.id: {p: e.answers[p] for p in before if p in e.answers} for e in examples}
+    for p in before:
+        missing = [e for e in examples if e.id not in given.get(p, {})]
+        if missing:
+            known = context_for(reader, missing, p, context, given)
+            given[p] = {**given.get(p, {}), **answer(reader, missing, p, known=known)}
+    return {e.id: {p: given[p][e.id] for p in before} for e in examples}
+
+
+@torch.no_grad()
+def answer(
+    reader: ImageFeatures,
+    examples: Sequence[Example],
+    task: str,
+    *,
+    method: Method = "likelihood",
+    known: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+) -> Answers:
+    """Answers one task for each example, by example id. A free-answer task is always generated."""
+    encoder = reader.encoder
+    candidates = option_sets(encoder.graph, task)
+    samples = [encoder.sample(e, task, known=(known or {}).get(e.id)) for e in examples]
+    rows = MAX_ROWS // 4 if method == "generate" or not candidates else max(1, MAX_ROWS // len(candidates))
+    found: Answers = {}
+    with under(reader.model, task):
+        for part in same_length(samples, rows):
+            batch = collate([samples[i] for i in part], encoder.pad)
+            if method == "generate" or not candidates:
+                texts = _generate(reader, batch)
+                options = encoder.graph.task(task).options
+                chosen = [parse_answer(t, options) for t in texts]
+            else:
+                best = score_options(reader, batch, candidates).argmax(1).tolist()
+                chosen = [candidates[b] for b in best]
+            found |= {examples[i].id: c for i, c in zip(part, chosen, strict=True)}
+    return found
+
+
+def option_sets(graph: TaskGraph, task: str) -> list[tuple[str, ...]]:
+    """Every answer a task allows: the sets of 1 to `choose` options, each in declared order."""
+    t = graph.task(task)
+    return [c for n in range(1, t.choose + 1) for c in combinations(t.options or (), n)]
+
+
+def score_options(reader: ImageFeatures, batch: Batch, candidates: Sequence[Sequence[str]]) -> Tensor:
+    """Log-likelihood of each candidate answer after each prompt, its end token included: (samples, candidates).
+
+    The prompt runs once and its keys and values serve every candidate. All prompts must have one length.
+    """
+    model, encoder = reader.model, reader.encoder
+    ids = [torch.tensor(encoder.answer_ids(c)) for c in candidates]
+    answers = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=encoder.pad)
+    real = nn.utils.rnn.pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
+    inputs = reader.inputs(batch)
+    device, (n, length), count = inputs["input_ids"].device, batch.input_ids.shape, len(candidates)
+    last = torch.zeros(n, length, dtype=torch.bool)
+    last[:, -1] = True
+    with logits_at(model, last):
+        out = model(**inputs, use_cache=True)
+    first = out.logits.float().log_softmax(-1)[:, answers[:, 0].to(device)]
+    if answers.shape[1] == 1:
+        return first.cpu()
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(count)
+    fed = answers.repeat(n, 1).to(device)
+    predicts = real[:, 1:].repeat(n, 1)
+    with logits_at(model, predicts):
+        later = model(
+            input_ids=fed[:, :-1],
+            attention_mask=torch.ones(n * count, length + fed.shape[1] - 1, dtype=torch.long, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    picked = -nn.functional.cross_entropy(later.float(), fed[:, 1:][predicts.to(device)], reduction="none")
+    owner = predicts.nonzero(as_tuple=True)[0].to(device)
+    rest = torch.zeros(n * count, device=device).index_add_(0, owner, picked)
+    return (first + rest.view(n, count)).cpu()
+
+
+def same_length(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
+    """Indices in batches of equal prompt length, so that a batch needs no padding."""
+    by_length: dict[int, list[int]] = {}
+    for i, s in enumerate(samples):
+        by_length.setdefault(len(s.prompt), []).append(i)
+    for group in by_length.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def under(model: nn.Module, task: str) -> AbstractContextManager[None]:
+    """The task's gate on an attached model; nothing on a plain one."""
+    return model.tasks(task) if attached_state(model) is not None else nullcontext()  # type: ignore[operator]
+
+
+def _generate(reader: ImageFeatures, batch: Batch) -> list[str]:
+    """Greedy answers as text, end token and what follows it cut off."""
+    tokenizer = reader.encoder.tokenizer
+    out = reader.model.generate(  # type: ignore[operator]
+        **reader.inputs(batch),
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=reader.encoder.pad,
+        eos_token_id=reader.encoder.end,
+    )
+    new = out[:, batch.input_ids.shape[1] :]
+    return [str(t).strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def show(answers: Sequence[str]) -> str:
+    """An answer as people read it."""
+    return answer_text(answers) or "(no valid answer)"

@@ -1,0 +1,112 @@
+"""The frozen prefix: decoder layers below the lowest block always give the same activations, so compute them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contextlora.data.collate import Batch, Sample, collate
+from contextlora.lora.attach import decoder_layers, gated_layers
+from contextlora.models.inputs import ImageFeatures
+
+GROUP = 16
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the first layer with a block, carrying what enters it."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+class FrozenPrefix:
+    """Activations that enter the first decoder layer with a block, by sample, within a memory budget.
+
+    Exact: the layers below carry no block and are frozen, and attention is causal, so what comes after a sample's own
+    tokens (padding) cannot change them. Samples are always computed in the same groups, whatever asks for them first,
+    so that a resumed run sees the same bits although matrix products may round differently for another batch size.
+
+    Args:
+        reader: of a model with blocks attached.
+        budget_bytes: memory for kept activations; batches with a sample beyond it are computed each time.
+    """
+
+    def __init__(self, reader: ImageFeatures, budget_bytes: int):
+        self.model, self.reader = reader.model, reader
+        path, self.stack = decoder_layers(self.model)
+        gated = gated_layers(self.model)
+        self.depth = min(int(name.removeprefix(f"{path}.").split(".")[0]) for name in gated)
+        self._left = budget_bytes
+        self._group_of: dict[str, list[Sample]] = {}
+        self._kept: dict[str, Tensor] = {}
+
+    def admit(self, samples: Sequence[Sample]) -> None:
+        """Decides which of `samples` will be kept: in groups of similar length while the budget lasts."""
+        if not self.depth:
+            return
+        embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        width = embedding.shape[1] * embedding.element_size()
+        order = sorted(samples, key=lambda s: (len(s), s.key))
+        for group in (order[i : i + GROUP] for i in range(0, len(order), GROUP)):
+            size = sum(map(len, group)) * width
+            if size <= self._left:
+                self._left -= size
+                self._group_of |= {s.key: group for s in group}
+
+    @contextmanager
+    def replay(self, batch: Batch, inputs: dict[str, Any]) -> Iterator[None]:
+        """Inside, a forward pass over `inputs` starts at the first layer with a block."""
+        if not self.depth:
+            yield
+            return
+        hidden = self._hidden(batch, inputs)
+        first = self.stack[self.depth]
+        hook = first.register_forward_pre_hook(lambda _, args, kwargs: _swap(hidden, args, kwargs), with_kwargs=True)
+        below = list(self.stack[: self.depth])
+        for layer in below:
+            layer.forward = _pass_on
+        try:
+            yield
+        finally:
+            hook.remove()
+            for layer in below:
+                del layer.forward
+
+    @torch.no_grad()
+    def _hidden(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        if any(s.key not in self._group_of for s in batch.samples):
+            return self._compute(inputs)
+        for s in batch.samples:
+            if s.key not in self._kept:
+                group = collate(self._group_of[s.key], self.reader.encoder.pad)
+                rows = self._compute(self.reader.inputs(group))
+                self._kept |= {g.key: row[: len(g)].clone() for g, row in zip(group.samples, rows, strict=True)}
+        return nn.utils.rnn.pad_sequence([self._kept[s.key] for s in batch.samples], batch_first=True)
+
+    def _compute(self, inputs: dict[str, Any]) -> Tensor:
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        hook = self.stack[self.depth].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            hook.remove()
+        raise AssertionError("the model never reached its own decoder layers")
+
+
+def _swap(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with `hidden` in place of the hidden states."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
