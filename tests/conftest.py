@@ -1,8 +1,9 @@
-"""Shared by all tests: one thread each, random graphs, tiny random-weight models."""
+"""Shared by all tests: one thread each, random graphs, tiny models with random weights."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,49 +23,68 @@ TEXT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    """One thread and one seed a test: two workers share the machine, and failures must repeat."""
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
     import torch
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
 
 
-def random_graph(seed: int, *, most: int = 7, **more: Any) -> TaskGraph:
-    """A random acyclic graph of 1 to `most` tasks, declared in an order that is seldom a topological one."""
-    rng = random.Random(seed)
-    order = [f"t{i}" for i in range(rng.randint(1, most))]
-    density = rng.random()
-    tasks = {}
-    for i, name in enumerate(order):
-        after = [p for p in order[:i] if rng.random() < density]
-        rng.shuffle(after)
-        tasks[name] = {"question": f"{name}?", "after": after, "rank": rng.randint(1, 4), "alpha": rng.choice([3, 8, 16])}
-    declared = rng.sample(order, len(order))
-    return TaskGraph.from_dict({"tasks": {n: tasks[n] for n in declared}, **more})
+@pytest.fixture(scope="session")
+def random_graph() -> Callable[..., TaskGraph]:
+    """`random_graph(seed)`: 1 to `most` tasks, acyclic, declared in an order that is seldom a topological one."""
+
+    def build(seed: int, *, most: int = 7, **more: Any) -> TaskGraph:
+        rng = random.Random(seed)
+        order = [f"t{i}" for i in range(rng.randint(1, most))]
+        density = rng.random()
+        tasks = {}
+        for i, name in enumerate(order):
+            after = [p for p in order[:i] if rng.random() < density]
+            rng.shuffle(after)
+            rank, alpha = rng.randint(1, 4), rng.choice([3.0, 8.0, 16.0])
+            tasks[name] = {"question": f"{name}?", "after": after, "rank": rank, "alpha": alpha}
+        return TaskGraph.from_dict({"tasks": {n: tasks[n] for n in rng.sample(order, len(order))}, **more})
+
+    return build
 
 
 @pytest.fixture
 def chain() -> TaskGraph:
-    """child <- root, with a stranger between them: declared child first, so active blocks are apart and out of order."""
-    q = {"question": "?"}
-    tasks = {"child": {**q, "after": ["root"], "rank": 3}, "stranger": {**q, "rank": 2}, "root": {**q, "rank": 4}}
+    """child <- root, with a stranger between: declared so that active blocks lie apart and out of training order."""
+    tasks = {
+        "child": {"question": "?", "after": ["root"], "rank": 3, "alpha": 16.0},
+        "stranger": {"question": "?", "rank": 2},
+        "root": {"question": "?", "rank": 4, "alpha": 3.0},
+    }
     return TaskGraph.from_dict({"name": "chain", "tasks": tasks})
 
 
-def tiny_llama(**more: Any) -> Any:
-    """A Llama of three layers with random weights, in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """`tiny_llama()`: a Llama of three layers in eval mode, the same weights every time."""
 
-    return LlamaForCausalLM(LlamaConfig(**TEXT, **more)).eval()
+    def build(**more: Any) -> Any:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**TEXT, **more)).eval()
+
+    return build
 
 
-def fill(model: Any, scale: float = 0.2) -> None:
-    """Gives B random values: at its first value, zero, a block does nothing and proves nothing."""
+@pytest.fixture(scope="session")
+def fill() -> Callable[..., None]:
+    """`fill(model)` gives B random values: at its first value, zero, a block does nothing and so proves nothing."""
     import torch
 
-    from contextlora.lora.attach import gated_layers
+    from contextlora.lora.layer import GatedLinear
 
-    for layer in gated_layers(model).values():
-        layer.B.copy_(torch.randn_like(layer.B) * scale)
+    def apply(model: Any, scale: float = 0.2, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, GatedLinear):
+                layer.B.copy_(torch.randn(layer.B.shape, generator=generator, dtype=torch.float64) * scale)
+
+    return apply

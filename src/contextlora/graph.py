@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from contextlora.errors import ConfigError, did_you_mean
-from contextlora.strict import Strict, read_yaml, validate
+from contextlora.strict import Strict, parse_yaml, read_yaml, validate
 
 MAX_OPTIONS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -129,7 +129,11 @@ class TaskGraph:
 
     def save(self, path: str | Path) -> None:
         """Writes graph.yaml."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        data = self.to_dict()
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        if parse_yaml(text) != data:  # PyYAML folds U+0085 and its like into spaces unless it escapes them
+            text = yaml.safe_dump(data, sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
 
     # --- order -------------------------------------------------------------------------------------------------------
 

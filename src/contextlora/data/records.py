@@ -73,7 +73,9 @@ class Record(Strict):
         for key, fact in value.items():
             for item in fact if isinstance(fact, list | tuple) else [fact]:
                 if not isinstance(item, _Scalar) or (isinstance(item, float) and not math.isfinite(item)):
-                    raise ValueError(f"'{key}' should be text, a finite number, true, false, null or a list of these")
+                    raise ValueError(
+                        f"'{key[:60]}' should be text, a finite number, true, false, null or a list of these"
+                    )
         return value
 
 
@@ -206,14 +208,14 @@ def _read(root: Path) -> tuple[list[tuple[int, Record]], Faults]:
 
 
 def _answer_list(task: Any, given: Any) -> tuple[str, ...]:
-    answers = [given] if isinstance(given, str) else given
+    answers, task = [given] if isinstance(given, str) else given, str(task)[:60]
     if not isinstance(answers, list | tuple) or not answers:
         raise ValueError(f"'{task}' should be text or a list of at least one text")
     for a in answers:
         if not isinstance(a, str) or not a.strip() or len(a) > 4000:
             raise ValueError(f"'{task}' should be text of 1 to 4000 characters, got {str(a)[:60]!r}")
         if answers.count(a) > 1:
-            raise ValueError(f"'{task}' gives '{a}' twice")
+            raise ValueError(f"'{task}' gives '{a[:60]}' twice")
     return tuple(answers)
 
 
@@ -260,7 +262,7 @@ def _refuse_misspelled(lines: list[tuple[int, Record]], graph: TaskGraph, faults
 
 def _refuse_foreign(lines: list[tuple[int, Record]], graph: TaskGraph, file: Path) -> None:
     if not any(task in graph.tasks for _, r in lines for task in r.answers):
-        known = ", ".join(list(dict.fromkeys(t for _, r in lines for t in r.answers))[:8])
+        known = ", ".join(list(dict.fromkeys(t[:60] for _, r in lines for t in r.answers))[:8])
         text = f"answers no task of graph '{graph.name}' ({', '.join(graph.names[:8])}); it answers: {known}"
         raise DataError("E204", text, where=file)
 

@@ -100,7 +100,7 @@ class Adapter:
             blocks,  # type: ignore[arg-type]
             records_of(graph, blocks, known.records if known else {}, data, seed, metrics or {}),  # type: ignore[arg-type]
             layer_shapes(model),
-            base or (known.base if known else "") or str(getattr(model.config, "name_or_path", "")),
+            base or (known.base if known else "") or _name_of(model),
             getattr(model, "contextlora_fingerprint", "") or (known.fingerprint if known else ""),
             peft_targets(model, layers),
             seed,
@@ -155,7 +155,7 @@ class Adapter:
 
     def _attach(self, model: nn.Module) -> None:
         """Attaches at `layers`, which `attach` made: the same linears of consecutive decoder layers."""
-        indices = {next(int(part) for part in path.split(".") if part.isdigit()) for path in self.layers}
+        indices = {next((int(part) for part in path.split(".") if part.isdecimal()), 0) for path in self.layers}
         names = sorted({path.rpartition(".")[2] for path in self.layers})
         try:
             attach(model, self.graph, layers=f"{min(indices)}-{max(indices)}", targets=names, seed=self.seed)
@@ -245,7 +245,8 @@ class Adapter:
 
         Raises AdapterError E319 if `folder` holds something else or cannot be written.
         """
-        return write_folder(folder, contents(self, Path(folder)), marker=MANIFEST)
+        folder = Path(folder).expanduser()
+        return write_folder(folder, contents(self, folder), marker=MANIFEST)
 
     @classmethod
     def load(cls, folder: str | Path, tasks: Sequence[str] | None = None) -> Adapter:
@@ -337,6 +338,12 @@ class Adapter:
 
 _last: WeakKeyDictionary[GateState, Adapter] = WeakKeyDictionary()
 """What each model was last given, or was last saved as, without its blocks."""
+
+
+def _name_of(model: nn.Module) -> str:
+    """Where transformers loaded the model from; it says "None" for a model that was built."""
+    name = str(getattr(model.config, "name_or_path", ""))
+    return "" if name == "None" else name
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -143,7 +143,7 @@ def trainable_groups(
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path and list of the language model's decoder layers. Raises AdapterError E302."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
     stack = getattr(decoder, "layers", max(lists, key=len, default=None))  # elsewhere called `h` or `blocks`
     for path, module in model.named_modules():

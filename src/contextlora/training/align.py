@@ -1,8 +1,9 @@
 """Aligning the projector of a LLaVA-style model: the stage before any task trains.
 
-The language model stays frozen and learns nothing; the projector learns to say what is in an image in "words" that it
-understands, from captions made of the records' answers. Afterwards the projector is frozen for good: it is shared by all
-tasks (SEMANTICS section 2), and cached vision features depend on it.
+The language model stays frozen; the projector learns to say what is in an image in "words" that it understands.
+Three steps: whitened principal components (`start_projector`), a few seconds of classifying the records' answers from
+the projected tokens without the language model (`point_at_words`), then captions made of the answers through it.
+Afterwards the projector is frozen for good: all tasks share it (SEMANTICS section 2), and cached features depend on it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch.nn.functional import cross_entropy
 from contextlora.data.images import open_image
 from contextlora.data.records import Example
 from contextlora.errors import ConfigError, RunError
+from contextlora.models.projector import point_at_words, scale_projector, start_projector
 
 PROMPTS = ("Describe it.", "Describe the picture.", "What do you see?", "What is in this image?")
+MAX_TASKS = 4  # named in one caption: time goes by tokens
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,9 +44,9 @@ def align(
     processor: Any,
     examples: Sequence[Example],
     *,
-    epochs: float = 2.0,
+    epochs: float = 1.0,
     batch_size: int = 16,
-    lr: float = 5e-4,
+    lr: float = 2e-4,
     seed: int = 0,
     fresh: bool = True,
     progress: Progress | None = None,
@@ -72,15 +75,18 @@ def align(
         raise ConfigError("E111", "only LLaVA-style models have a projector to align", where=type(model).__name__)
     if not shown:
         raise ConfigError("E111", "no example has both an image and an answer", where="align")
-    torch.manual_seed(seed)
     tower = model.model.vision_tower
-    fresh = fresh and hasattr(tower, "channel_mean")
     tokens = projector_input(model, processor, shown, progress)
-    projector = deepcopy(model.model.multi_modal_projector).float()
-    if fresh:
-        tokens, mean, std = _renormalise(tokens, tower)
-        start_projector(projector, tokens, _word_norm(model))
-    losses = _train(model, processor, projector, tokens, shown, epochs, batch_size, lr, seed, progress)
+    projector = deepcopy(model.model.multi_modal_projector).float().cpu()
+    fresh = fresh and hasattr(tower, "channel_mean")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if fresh:
+            tokens, mean, std = _renormalise(tokens, tower)
+            _start(model, processor.tokenizer, projector, tokens, shown)
+        losses = _train(
+            model, processor, projector.to(model.device), tokens, shown, _Plan(epochs, batch_size, lr, seed), progress
+        )
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())
     if fresh:
         tower.channel_mean.copy_(mean)
@@ -109,37 +115,9 @@ def projector_input(
     return torch.cat(seen)
 
 
-@torch.no_grad()
-def start_projector(projector: nn.Module, tokens: Tensor, norm: float) -> None:
-    """Sets the projector to a whitened principal-component projection with rows as long as word embeddings.
-
-    With k components P and orthonormal columns R, linear_1 = [P; -P] and linear_2 = c [R, -R]; as
-    gelu(x) - gelu(-x) = x, the projector starts exactly linear, loses nothing to its activation, and no feature is
-    louder than another.
-
-    Args:
-        projector: a LlavaMultiModalProjector in fp32.
-        tokens: (N, T, channels) of normalised vision tokens.
-        norm: the length that projected tokens should have on average.
-    """
-    first, second = projector.linear_1, projector.linear_2
-    rows = tokens.flatten(0, 1)[:: max(1, tokens.shape[0] * tokens.shape[1] // 16384)].float()
-    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-    k = min(first.out_features // 2, int((values > 1e-6 * values[-1]).sum()))
-    whiten = (vectors[:, -k:] / values[-k:].sqrt()).T
-    spread = torch.linalg.qr(torch.randn(second.out_features, k))[0]
-    for layer in (first, second):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    first.weight[: 2 * k].copy_(torch.cat([whiten, -whiten]))
-    second.weight[:, : 2 * k].copy_(torch.cat([spread, -spread], 1))
-    second.weight.mul_(norm / projector(rows).norm(dim=-1).mean())
-
-
 def caption(example: Example, rng: random.Random) -> str:
-    """All answers of a record in one line, tasks in random order: ``"road: wet; weather: rain"``."""
-    tasks = sorted(example.answers)
-    rng.shuffle(tasks)
+    """Up to four of a record's answers in one line, in random order: ``"road: wet; weather: rain"``."""
+    tasks = rng.sample(sorted(example.answers), min(len(example.answers), MAX_TASKS))
     return "; ".join(f"{t.replace('_', ' ')}: {', '.join(example.answers[t])}" for t in tasks)
 
 
@@ -157,40 +135,78 @@ def _renormalise(tokens: Tensor, tower: Any) -> tuple[Tensor, Tensor, Tensor]:
     return ((tokens.float() * old_std + old_mean - mean) / std).to(tokens.dtype), mean, std
 
 
-def _word_norm(model: Any) -> float:
-    return model.get_input_embeddings().weight.float().norm(dim=1).median().item()
+def _start(model: Any, tokenizer: Any, projector: Any, tokens: Tensor, examples: Sequence[Example]) -> None:
+    """The two steps before captions: principal components, then words."""
+    norm = float(model.get_input_embeddings().weight.float().norm(dim=1).median())
+    start_projector(projector, tokens, norm)
+    options = _options(examples)
+    if options:
+        words = [_word_vectors(model, tokenizer, found) for found in options.values()]
+        targets = [_targets(examples, task, found) for task, found in options.items()]
+        projector.requires_grad_(True)
+        point_at_words(projector, tokens, words, targets, steps=max(200, 6 * len(examples) // 32))
+        scale_projector(projector, tokens, norm)
+
+
+def _options(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Task -> its answers in the data. Tasks with one answer, or more than 64, leave nothing to tell apart."""
+    options: dict[str, set[str]] = {}
+    for example in examples:
+        for task, answers in example.answers.items():
+            options.setdefault(task, set()).update(answers)
+    return {task: sorted(found) for task, found in sorted(options.items()) if 1 < len(found) <= 64}
+
+
+@torch.no_grad()
+def _word_vectors(model: Any, tokenizer: Any, options: Sequence[str]) -> Tensor:
+    """(options, hidden): the mean embedding of each option's words."""
+    table = model.get_input_embeddings().weight
+    ids = [tokenizer(f" {o}", add_special_tokens=False).input_ids for o in options]
+    return torch.stack([table[i].float().mean(0) for i in ids]).cpu()
+
+
+def _targets(examples: Sequence[Example], task: str, options: Sequence[str]) -> Tensor:
+    """(N, options): equal shares for the correct ones; a row of zeros where the task is not answered."""
+    found = torch.tensor([[o in e.answers.get(task, ()) for o in options] for e in examples]).float()
+    return found / found.sum(1, keepdim=True).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    epochs: float
+    batch_size: int
+    lr: float
+    seed: int
 
 
 def _train(
     model: Any,
     processor: Any,
-    projector: nn.Module,
+    projector: Any,
     tokens: Tensor,
     examples: Sequence[Example],
-    epochs: float,
-    batch_size: int,
-    lr: float,
-    seed: int,
+    plan: _Plan,
     progress: Progress | None,
 ) -> list[float]:
-    rng = random.Random(seed)
-    projector.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(projector.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0)
-    steps = max(1, round(epochs * len(examples) / batch_size))
+    """Trains the projector on captions, in place."""
+    rng = random.Random(plan.seed)
+    projector.requires_grad_(True)
+    optimizer = torch.optim.AdamW(projector.parameters(), plan.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    steps = max(1, round(plan.epochs * len(examples) / plan.batch_size))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _cosine(k, steps))
     prompts = [_prompt(processor, p, tokens.shape[1]) for p in PROMPTS]
     order: list[int] = []
     losses: list[float] = []
     for step in range(steps):
-        while len(order) < batch_size:
+        while len(order) < plan.batch_size:
             order += rng.sample(range(len(examples)), len(examples))
-        picked, order = order[:batch_size], order[batch_size:]
+        picked, order = order[: plan.batch_size], order[plan.batch_size :]
         texts = [(rng.choice(prompts), caption(examples[i], rng)) for i in picked]
         loss = _loss(model, processor, projector(tokens[picked].float().to(model.device)), texts)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise RunError("E510", f"the loss became {losses[-1]} in step {step + 1}; try a lower lr", where="align")
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -8,7 +8,6 @@ hold without labelling, and a dependent answer is a table over the facts behind 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -31,7 +30,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Scenario:
-    """One benchmark: its tasks, and the scene that draws them. Scenarios of the same `stream` show the same pictures."""
+    """One benchmark: its tasks, and the scene that draws them. Equal `stream`, equal pictures."""
 
     stream: int
     tasks: Mapping[str, Task]
@@ -161,4 +160,4 @@ def _replace(path: Path, text: str) -> None:
     """Writes a file so that it is there complete or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)

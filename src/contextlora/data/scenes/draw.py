@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.random import Generator
@@ -28,6 +28,7 @@ HAIR: tuple[Colour, ...] = ((30, 25, 22), (66, 44, 28), (112, 74, 40), (150, 120
 CLOTHES: tuple[Colour, ...] = (
     (44, 66, 112), (150, 46, 44), (60, 110, 76), (206, 200, 190), (70, 70, 76), (196, 142, 60), (112, 70, 120), (80, 140, 170),
 )  # fmt: skip
+TROUSERS: tuple[Colour, ...] = ((40, 46, 70), (60, 56, 52), (92, 84, 70), (36, 36, 40))
 PAINTS: tuple[Colour, ...] = (
     (186, 40, 38), (40, 74, 150), (232, 232, 230), (40, 42, 46), (140, 146, 152), (222, 176, 50), (58, 110, 78), (150, 90, 50),
 )  # fmt: skip
@@ -106,8 +107,8 @@ class Canvas:
         """A vertical gradient over the full width, from y0 to y1."""
         rows = max(1, round((y1 - y0) * SCALE))
         ramp = np.linspace(top[:3], bottom[:3], rows).round().astype(np.uint8)[:, None]
-        strip = Image.fromarray(np.ascontiguousarray(ramp)).resize((WORLD * SCALE, rows))
-        self.image.paste(strip, (0, round(y0 * SCALE)))
+        strip = np.repeat(ramp, WORLD * SCALE, axis=1)
+        self.image.paste(Image.fromarray(strip), (0, round(y0 * SCALE)))
 
     def dim(self, factors: Sequence[float]) -> None:
         """Multiplies red, green and blue: night and coloured light."""
@@ -117,33 +118,33 @@ class Canvas:
     def veil(self, colour: Colour, opacity: Sequence[float]) -> None:
         """Covers the picture with a colour whose opacity (0 to 1) runs through the given values from top to bottom."""
         rows = np.interp(np.linspace(0, len(opacity) - 1, WORLD * SCALE), np.arange(len(opacity)), opacity)
-        mask = Image.fromarray((rows * 255).astype(np.uint8)[:, None].copy()).resize(self.image.size)
-        self.image.paste(colour[:3], (0, 0), mask)
+        mask = np.repeat((rows * 255).astype(np.uint8)[:, None], WORLD * SCALE, axis=1)
+        self.image.paste(colour[:3], (0, 0), Image.fromarray(mask))
 
 
-def photograph(rng: Generator, canvas: Canvas, *, turn: float = 3.0, zoom: float = 0.08, mirror: bool = True) -> Image.Image:
+def photograph(
+    rng: Generator, canvas: Canvas, *, turn: float = 3.0, zoom: tuple[float, float] = (0.92, 1.08)
+) -> Image.Image:
     """What a cheap camera sees of the canvas: moved, turned, mirrored, blurred, miscoloured and noisy.
 
     Args:
         rng: the picture's own generator.
         canvas: the finished drawing.
         turn: largest roll, degrees.
-        zoom: largest relative change of scale.
-        mirror: whether the picture may be flipped left to right.
+        zoom: smallest and largest part of the usual 224 units that is seen; at most 1.1.
 
     Returns:
         An RGB image of 224 x 224 pixels.
     """
-    a, z = math.radians(rng.uniform(-turn, turn)), rng.uniform(1 - zoom, 1 + zoom)
+    a, z = math.radians(rng.uniform(-turn, turn)), rng.uniform(*zoom)
     c, s = math.cos(a) * z, math.sin(a) * z
-    middle = WORLD * SCALE / 2
-    slack = max(0.0, middle - SIZE * SCALE / 2 * (c + abs(s)))
+    half, middle = SIZE / 2, WORLD / 2
+    slack = max(0.0, middle - half * (c + abs(s)))
     mx, my = middle + rng.uniform(-slack, slack), middle + rng.uniform(-slack, slack)
-    half = SIZE * SCALE / 2
-    flip = -1 if mirror and rng.random() < 0.5 else 1
+    flip = -1 if rng.random() < 0.5 else 1
     matrix = (c * flip, -s, mx - c * flip * half + s * half, s * flip, c, my - s * flip * half - c * half)
-    seen = canvas.image.transform((SIZE * SCALE, SIZE * SCALE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    seen = seen.reduce(SCALE)
+    small = canvas.image.reduce(SCALE)
+    seen = small.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     if (blur := rng.uniform(-0.5, 0.9)) > 0.2:
         seen = seen.filter(ImageFilter.GaussianBlur(blur))
     return _develop(rng, seen)
@@ -155,15 +156,17 @@ def _develop(rng: Generator, seen: Image.Image) -> Image.Image:
     uneven = np.asarray(Image.fromarray(field_).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     d = np.linspace(-1, 1, SIZE, dtype=np.float32) ** 2
     light = uneven * (1 - rng.uniform(0, 0.22) * (d[:, None] + d[None, :]) / 2)
-    pixels = np.asarray(seen, dtype=np.float32)
-    pixels = (pixels - 118) * np.float32(rng.uniform(0.84, 1.14)) + np.float32(118 + rng.uniform(-14, 12))
-    pixels = pixels * light[..., None] * rng.uniform(0.94, 1.06, 3).astype(np.float32)
-    grain = rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32) * np.float32(rng.uniform(1, 6))
-    colour_grain = np.float32(rng.uniform(0.5, 2.5)) * rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32)
-    return Image.fromarray(np.clip(pixels + grain + colour_grain, 0, 255).astype(np.uint8))
+    pixels = np.array(seen, dtype=np.float32)
+    pixels -= 118
+    pixels *= np.float32(rng.uniform(0.84, 1.14))
+    pixels += np.float32(118 + rng.uniform(-14, 12))
+    pixels *= light[..., None].astype(np.float32)
+    pixels *= rng.uniform(0.94, 1.06, 3).astype(np.float32)
+    pixels += rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32) * np.float32(rng.uniform(1, 7))
+    return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
-# --- figures shared by the scenes ----------------------------------------------------------------------------------------
+# --- figures shared by the scenes ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -176,15 +179,18 @@ class Look:
     legs: Colour
     helmet: Colour | None = None
     vest: Colour | None = None
+    head: float = 0.085  # radius in heights
 
     @classmethod
-    def of(cls, rng: Generator, *, helmet: Colour | None = None, vest: Colour | None = None) -> Look:
-        """A random person."""
-        top, legs = vary(rng, pick(rng, CLOTHES)), vary(rng, pick(rng, ((40, 46, 70), (60, 56, 52), (92, 84, 70), (36, 36, 40))))
-        return cls(pick(rng, SKIN), pick(rng, HAIR), top, legs, helmet, vest)
+    def of(cls, rng: Generator, *, tops: Sequence[Colour] = CLOTHES, **more: Any) -> Look:
+        """A random person; `more` are fields that are not left to chance."""
+        top, legs = vary(rng, pick(rng, tops)), vary(rng, pick(rng, TROUSERS))
+        return cls(pick(rng, SKIN), pick(rng, HAIR), top, legs, **more)
 
 
-def person(c: Canvas, x: float, y: float, h: float, look: Look, *, lean: float = 0.0, reach: float = 0.0, stride: float = 0.1) -> None:
+def person(
+    c: Canvas, x: float, y: float, h: float, look: Look, *, lean: float = 0.0, reach: float = 0.0, stride: float = 0.1
+) -> None:
     """A standing or walking person.
 
     Args:
@@ -197,12 +203,17 @@ def person(c: Canvas, x: float, y: float, h: float, look: Look, *, lean: float =
         reach: where the arms go: 0 hang, 1 stretched to the side the person leans to, -1 to the other.
         stride: half the distance of the feet, in heights.
     """
-    hip, neck, head = y - 0.47 * h, y - 0.82 * h, y - 0.9 * h
+    hip, neck, head = y - 0.47 * h, y - 0.82 * h, y - (0.82 + look.head) * h
     top = x + lean * h
     c.oval(x, y, 0.2 * h, 0.035 * h, (0, 0, 0, 70))
     for side in (-1, 1):
         c.line([(x + side * 0.05 * h, hip), (x + side * stride * h, y)], look.legs, 0.095 * h)
-    shirt = [(top - 0.13 * h, neck), (top + 0.13 * h, neck), (x + 0.1 * h, hip + 0.03 * h), (x - 0.1 * h, hip + 0.03 * h)]
+    shirt = [
+        (top - 0.13 * h, neck),
+        (top + 0.13 * h, neck),
+        (x + 0.1 * h, hip + 0.03 * h),
+        (x - 0.1 * h, hip + 0.03 * h),
+    ]
     c.poly(shirt, look.top)
     if look.vest:
         c.poly([(px + (x - px) * 0.25, py) for px, py in shirt], look.vest)
@@ -211,7 +222,7 @@ def person(c: Canvas, x: float, y: float, h: float, look: Look, *, lean: float =
         hand = (top + side * 0.17 * h + reach * 0.22 * h, hip - abs(reach) * 0.2 * h)
         c.line([(top + side * 0.12 * h, neck + 0.03 * h), hand], shade(look.top, 0.85), 0.065 * h)
         c.oval(*hand, 0.035 * h, 0.035 * h, look.skin)
-    headdress(c, top + 0.1 * lean * h, head, 0.085 * h, look)
+    headdress(c, top + 0.1 * lean * h, head, look.head * h, look)
 
 
 def headdress(c: Canvas, x: float, y: float, r: float, look: Look) -> None:
