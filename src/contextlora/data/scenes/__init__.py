@@ -18,7 +18,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from contextlora.data.scenes import city, factory, iov
+from contextlora.data.scenes import city, city_picture, factory, factory_picture, iov, iov_picture
 from contextlora.errors import DataError, did_you_mean
 from contextlora.graph import Task, TaskGraph
 
@@ -40,9 +40,9 @@ class _Scenario:
 
 
 _SCENARIOS = {
-    **{name: _Scenario(1, tasks, iov.facts, iov.answers, iov.paint) for name, tasks in iov.TASKS.items()},
-    "factory": _Scenario(2, factory.TASKS, factory.facts, factory.answers, factory.paint),
-    "city": _Scenario(3, city.TASKS, city.facts, city.answers, city.paint),
+    **{name: _Scenario(1, tasks, iov.facts, iov.answers, iov_picture.paint) for name, tasks in iov.TASKS.items()},
+    "factory": _Scenario(2, factory.TASKS, factory.facts, factory.answers, factory_picture.paint),
+    "city": _Scenario(3, city.TASKS, city.facts, city.answers, city_picture.paint),
 }
 SCENARIOS: tuple[str, ...] = tuple(_SCENARIOS)
 

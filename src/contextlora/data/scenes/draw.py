@@ -26,12 +26,14 @@ Point = tuple[float, float]
 SKIN: tuple[Colour, ...] = ((244, 208, 177), (224, 172, 130), (176, 118, 80), (112, 74, 50))
 HAIR: tuple[Colour, ...] = ((30, 25, 22), (66, 44, 28), (112, 74, 40), (150, 120, 84), (120, 118, 116))
 CLOTHES: tuple[Colour, ...] = (
-    (44, 66, 112), (150, 46, 44), (60, 110, 76), (206, 200, 190), (70, 70, 76), (196, 142, 60), (112, 70, 120), (80, 140, 170),
-)  # fmt: skip
+    *((44, 66, 112), (150, 46, 44), (60, 110, 76), (206, 200, 190)),
+    *((70, 70, 76), (196, 142, 60), (112, 70, 120), (80, 140, 170)),
+)
 TROUSERS: tuple[Colour, ...] = ((40, 46, 70), (60, 56, 52), (92, 84, 70), (36, 36, 40))
 PAINTS: tuple[Colour, ...] = (
-    (186, 40, 38), (40, 74, 150), (232, 232, 230), (40, 42, 46), (140, 146, 152), (222, 176, 50), (58, 110, 78), (150, 90, 50),
-)  # fmt: skip
+    *((186, 40, 38), (40, 74, 150), (232, 232, 230), (40, 42, 46)),
+    *((140, 146, 152), (222, 176, 50), (58, 110, 78), (150, 90, 50)),
+)
 
 
 def pick(rng: Generator, options: Sequence[T], p: Sequence[float] | None = None) -> T:
@@ -185,7 +187,7 @@ class Look:
     def of(cls, rng: Generator, *, tops: Sequence[Colour] = CLOTHES, **more: Any) -> Look:
         """A random person; `more` are fields that are not left to chance."""
         top, legs = vary(rng, pick(rng, tops)), vary(rng, pick(rng, TROUSERS))
-        return cls(pick(rng, SKIN), pick(rng, HAIR), top, legs, **more)
+        return cls(**{"skin": pick(rng, SKIN), "hair": pick(rng, HAIR), "top": top, "legs": legs} | more)
 
 
 def person(
