@@ -2,9 +2,9 @@
 
     python benchmarks/linear_probe.py DATA_FOLDER [--split test] [--json]
 
-Frozen EfficientNet-Lite0 features (ImageNet normalisation, 4 x 4 grid of 1,280) are flattened and reduced to 400 principal
-components; then one logistic regression per task, fitted on split train. A set of answers counts as one class; the score
-is the paper's 1 / 0.5 / 0 (ContextLoRA section VI-D).
+Frozen EfficientNet-Lite0 features (ImageNet normalisation, 4 x 4 grid of 1,280) are flattened and reduced to 400
+principal components; then one logistic regression per task, fitted on split train. A set of answers counts as one
+class; the score is the paper's 1 / 0.5 / 0 (ContextLoRA section VI-D).
 Needs the extras `smol` and `bench`.
 """
 

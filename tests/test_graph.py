@@ -58,13 +58,23 @@ def test_adding_a_task_rescales_no_other():
 
 def test_a_fingerprint_moves_with_all_that_shapes_training():
     g, prints = graph(), set()
-    for change in [{}, {"question": "x"}, {"options": ("p", "q")}, {"after": ("road",)}, {"rank": 5}, {"alpha": 7.0}, {"choose": 2}]:
+    for change in [
+        {},
+        {"question": "x"},
+        {"options": ("p", "q")},
+        {"after": ("road",)},
+        {"rank": 5},
+        {"alpha": 7.0},
+        {"choose": 2},
+    ]:
         changed = {**g.tasks, "strategy": g.tasks["strategy"].model_copy(update=change)}
         prints.add(TaskGraph(changed).fingerprint("strategy"))
     assert len(prints) == 7
 
 
-@pytest.mark.parametrize("call", ["task", "rank_of", "scale_of", "block", "prerequisites", "children", "active", "fingerprint"])
+@pytest.mark.parametrize(
+    "call", ["task", "rank_of", "scale_of", "block", "prerequisites", "children", "active", "fingerprint"]
+)
 def test_an_unknown_task_is_named_with_the_nearest(call):
     with pytest.raises(ConfigError, match=r"E104 no task 'wether' in graph 'iov'. Did you mean 'weather'\?"):
         getattr(graph(), call)("wether")
@@ -132,11 +142,15 @@ def test_names_that_could_not_be_folders_or_module_names(name):
 
 
 def test_names_apart_only_in_case_are_one_folder_on_some_disks():
-    refused("E105", "'Road' and 'road' differ only in case", data={"tasks": {n: {"question": "?"} for n in ("Road", "road")}})
+    refused(
+        "E105",
+        "'Road' and 'road' differ only in case",
+        data={"tasks": {n: {"question": "?"} for n in ("Road", "road")}},
+    )
 
 
 def test_duplicate_task_in_the_file():
-    with pytest.raises(ConfigError, match="E101 .*duplicate key 'a'"):
+    with pytest.raises(ConfigError, match=r"E101 .*duplicate key 'a'"):
         graph("tasks:\n  a: {question: x}\n  a: {question: y}\n")
 
 
@@ -145,7 +159,9 @@ def test_integers_where_a_number_is_meant():
     assert (g.scale_of("a"), g.frozen_ratio) == (2.0, 0)
 
 
-@pytest.mark.parametrize("change", [{"rank": 0}, {"frozen_ratio": 2.0}, {"prerequisite_rule": "x"}, {"tasks": {}}, {"name": ""}])
+@pytest.mark.parametrize(
+    "change", [{"rank": 0}, {"frozen_ratio": 2.0}, {"prerequisite_rule": "x"}, {"tasks": {}}, {"name": ""}]
+)
 def test_a_graph_built_by_hand_is_held_to_the_same_rules(change):
     with pytest.raises(ConfigError, match="E103"):
         TaskGraph(**{"tasks": graph().tasks, **change})
@@ -169,6 +185,7 @@ def test_the_picture_escapes_and_holds_long_names():
 
 @pytest.mark.parametrize("module", ["graph", "strict", "errors"])
 def test_importing_it_leaves_torch_alone(module):
-    code = f"import sys, contextlora, contextlora.{module}; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy")
+    code = f"import sys, contextlora, contextlora.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -16,10 +16,14 @@ Positive = Annotated[float, Field(gt=0, strict=False)]
 
 
 class AlignConfig(Strict):
-    """The projector's own stage, before the tasks (SEMANTICS: whatever tasks share is frozen while they train)."""
+    """The projector's own stage, before the tasks (SEMANTICS: whatever tasks share is frozen while they train).
 
-    epochs: Annotated[int, Field(ge=0)] = 0
-    lr: Positive = 1e-3
+    Attributes:
+        epochs: passes over the training images; 0 leaves the projector as it is.
+    """
+
+    epochs: Annotated[float, Field(ge=0, le=100, strict=False)] = 0.0
+    lr: Positive = 2e-4
     batch_size: Annotated[int, Field(ge=1)] = 16
 
 

@@ -114,7 +114,7 @@ def test_a_mixed_batch_equals_one_at_a_time(random_graph, dtype, tolerance):
 
 
 class TestMasked:
-    """"Exactly 0" means bits, not small numbers."""
+    """ "Exactly 0" means bits, not small numbers."""
 
     def passes(self, layer, x, tasks):
         x = x.clone().requires_grad_()
@@ -135,7 +135,7 @@ class TestMasked:
             assert torch.equal(a, b)
 
     def test_a_block_that_another_sample_uses_adds_exactly_zero(self, chain):
-        """Any finite value; an infinite one in a *shared* product is 0 * inf, which is why a run stops on a bad loss."""
+        """Any finite value. An infinite one is 0 * inf in the shared product: a run stops on a bad loss before that."""
         layer, x = layer_of(chain, dtype=torch.float32), torch.randn(2, TOKENS, D_IN)
         out, grads = [], []
         for value in (0.0, 1e30, -1e25):
@@ -251,7 +251,9 @@ class TestOtherBases:
         for n, p in layer.learning.items():
             torch.testing.assert_close(p.grad, like.learning[n].grad, **tolerance)
 
-    @pytest.mark.parametrize("how", ["hook", "pre_hook", "replaced forward", "tensor subclass", "trainable bias", "subclass"])
+    @pytest.mark.parametrize(
+        "how", ["hook", "pre_hook", "replaced forward", "tensor subclass", "trainable bias", "subclass"]
+    )
     def test_a_base_with_ways_of_its_own_is_called(self, chain, how):
         base, called = nn.Linear(D_IN, D_OUT), []
         if how == "subclass":
@@ -282,7 +284,10 @@ class TestOtherBases:
             base.weight = nn.Parameter(base.weight.detach().as_subclass(Packed), requires_grad=False)
         elif how == "trainable bias":
             base.bias.requires_grad_()
-        gated(layer, torch.randn(1, TOKENS, D_IN), "child").sum().backward()
+        x = torch.randn(1, TOKENS, D_IN, requires_grad=True)
+        assert layer_of(chain, dtype=torch.float32)._plain(x)
+        assert not layer._plain(x)  # else the backward would multiply by a weight that only the base understands
+        gated(layer, x, "child").sum().backward()
         if how == "trainable bias":
             assert base.bias.grad.eq(TOKENS).all()
         else:

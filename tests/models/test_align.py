@@ -23,7 +23,13 @@ from contextlora.training.align import MAX_TASKS, _pad, _targets, align, caption
 
 pytest.importorskip("efficientnet_lite_pytorch", reason='needs the extra "smol"')
 SPECIAL = ["<pad>", "<|im_end|>", "<image>", "<|im_start|>"]
+_FIRST = "model.multi_modal_projector.linear_1.weight"
 WORDS = [*SPECIAL, "?", "user", "assistant", "colour:", "red", "blue", "size:", "big", "small"]
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr("contextlora.training.align.MIN_WORD_STEPS", 10)
 
 
 def tiny():
@@ -110,6 +116,14 @@ def test_statistics_are_those_of_the_images(examples):
     assert torch.allclose(tower.channel_std, true.clamp_min(0.1 * true.median()), rtol=1e-3, atol=1e-5)
     again = projector_input(model, processor, examples)
     assert torch.allclose(again, (raw - tower.channel_mean) / tower.channel_std, atol=1e-3)
+
+
+def test_no_epochs_leave_out_the_language_model(examples, monkeypatch):
+    model, processor = tiny()
+    before = snapshot(model)
+    monkeypatch.setattr("contextlora.training.align._loss", None)
+    assert align(model, processor, examples[:4], epochs=0).losses == ()
+    assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, before[_FIRST])
 
 
 def test_going_on_from_the_present_projector(examples):

@@ -232,6 +232,16 @@ def test_a_half_made_cache_is_made_again(monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
 
+def test_a_damaged_cache_or_package_is_one_clear_error(monkeypatch, tmp_path):
+    (tmp_path / "complete").touch()
+    monkeypatch.setattr(smol, "cached_assets_path", lambda *_: tmp_path)
+    with pytest.raises(AdapterError, match=r"E303 .*delete this folder"):
+        load_model("smol")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(AdapterError, match=r"E303 .*broken\.gguf: cannot be unpacked"):
+        smol._convert(tmp_path / "broken.gguf", tmp_path / "out")
+
+
 def test_changed_vision_weights_are_refused_before_they_are_read(monkeypatch):
     monkeypatch.setattr(smol, "_LITE0_SHA256", "0" * 64)
     with pytest.raises(AdapterError, match="E303"):

@@ -91,7 +91,10 @@ def graphs(draw):
     called = draw(st.lists(names, min_size=1, max_size=5, unique_by=str.lower))
     tasks = {}
     for i, n in enumerate(called):
-        tasks[n] = {"question": draw(printable), "after": draw(st.lists(st.sampled_from(called[:i]), unique=True)) if i else []}
+        tasks[n] = {
+            "question": draw(printable),
+            "after": draw(st.lists(st.sampled_from(called[:i]), unique=True)) if i else [],
+        }
         if draw(st.booleans()):
             tasks[n]["options"] = draw(st.lists(option, min_size=2, max_size=4, unique=True))
             tasks[n]["choose"] = draw(st.integers(1, 2))
@@ -127,6 +130,8 @@ def test_what_is_written_reads_back(tmp_path_factory, data):
 def test_the_picture_is_xml_that_shows_every_task(data):
     graph = TaskGraph.from_dict(data)
     root = ET.fromstring(graph.to_svg())
-    assert [t.text for t in root.iter(f"{SVG}text") if t.get("class") == "name"] == [n for s in graph.levels() for n in s]
+    assert [t.text for t in root.iter(f"{SVG}text") if t.get("class") == "name"] == [
+        n for s in graph.levels() for n in s
+    ]
     assert len(root.findall(f"{SVG}path")) == sum(map(sum, graph.adjacency()))
     assert (root.find(f"{SVG}title").text or "") == "".join(c for c in graph.name if c.isprintable())

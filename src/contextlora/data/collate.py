@@ -117,7 +117,7 @@ class Encoder:
         """One question about one example; with `answer`, the answer's tokens too."""
         question = with_context(example.questions.get(task, self.graph.task(task).question), known or {})
         ids = () if answer is None else self.answer_ids(answer)
-        key = f"{example.id}|{question}|{ids}"
+        key = repr((example.id, question, ids))
         return Sample(key, task, example.image, self.prompt_ids(question, example.image), ids)
 
     @lru_cache(maxsize=4096)  # noqa: B019  an encoder lives as long as its run
@@ -139,7 +139,8 @@ class Encoder:
 
     def image_inputs(self, text: str, image: Image.Image) -> dict[str, Tensor]:
         """The processor's tensors for one prompt with one image."""
-        return dict(self.processor(text=[text], images=[image], return_tensors="pt"))
+        special = self._wants_special(text)
+        return dict(self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special))
 
     @cached_property
     def image_prompt(self) -> str:
@@ -149,8 +150,9 @@ class Encoder:
     @cached_property
     def _same_tokens_for_any_image(self) -> bool:
         """Whether image size leaves the prompt as it is; then no image is decoded to tokenise a question."""
-        a, b = (self.image_inputs(self.image_prompt, Image.new("RGB", size)) for size in ((64, 48), (90, 300)))
-        return torch.equal(a["input_ids"], b["input_ids"])
+        sizes = ((64, 48), (90, 300), (1600, 1200))  # some processors cut only large images into tiles
+        first, *others = (self.image_inputs(self.image_prompt, Image.new("RGB", size))["input_ids"] for size in sizes)
+        return all(torch.equal(first, other) for other in others)
 
     @lru_cache(maxsize=65536)  # noqa: B019
     def _image_ids(self, text: str) -> tuple[int, ...]:
@@ -158,7 +160,16 @@ class Encoder:
 
     @lru_cache(maxsize=65536)  # noqa: B019
     def _text_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=not self._has_template).input_ids)
+        return tuple(self.tokenizer(text, add_special_tokens=self._wants_special(text)).input_ids)
+
+    def _wants_special(self, text: str) -> bool:
+        """Whether the tokenizer should add its own start token: the rule of transformers' `apply_chat_template`.
+
+        A tokenizer's template is complete. A processor's (LLaVA's) may leave the start token to the tokenizer.
+        """
+        if not self.sees_images:
+            return not self._has_template
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     @property
     def _has_template(self) -> bool:

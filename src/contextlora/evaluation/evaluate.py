@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import combinations
+from math import comb
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +20,12 @@ from contextlora.errors import DataError
 from contextlora.evaluation.metrics import Accuracy, parse_answer, score
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import attached_state
-from contextlora.models.inputs import ImageFeatures, logits_at
+from contextlora.models.inputs import ImageFeatures, at_least_float32, logits_at
 
 Method = Literal["likelihood", "generate"]
 Answers = dict[str, tuple[str, ...]]  # by example id
 MAX_ROWS = 256  # candidate answers scored at once
+MAX_SETS = 4096  # a task with more option sets (some of 64 options, eight at once, make 5 x 10^9) writes its answer
 MAX_NEW_TOKENS = 48
 
 
@@ -67,13 +70,13 @@ def evaluate(
         progress: called with (asked, total).
 
     Raises:
-        DataError: E230 when the split has no example.
+        DataError: E230 when the split has no example. ConfigError: E104 for a task that the graph has not.
     """
     examples = load_examples(data, graph, split=split)
     if not examples:
         raise DataError("E230", f"no record of split '{split}'", where=data)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
-    wanted = list(tasks) if tasks is not None else list(graph.names)
+    wanted = [t for t in (graph.names if tasks is None else tasks) if graph.task(t)]
     result = Evaluation()
     total, done = sum(1 for t in wanted for e in examples if t in e.answers), 0
     for task in (t for level in graph.levels() for t in level if t in wanted):
@@ -114,7 +117,7 @@ def answer(
     method: Method = "likelihood",
     known: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> Answers:
-    """Answers one task for each example, by example id. A free-answer task is always generated."""
+    """Answers one task for each example, by example id. A task without options, or with too many sets, is generated."""
     encoder = reader.encoder
     candidates = option_sets(encoder.graph, task)
     samples = [encoder.sample(e, task, known=(known or {}).get(e.id)) for e in examples]
@@ -124,9 +127,8 @@ def answer(
         for part in same_length(samples, rows):
             batch = collate([samples[i] for i in part], encoder.pad)
             if method == "generate" or not candidates:
-                texts = _generate(reader, batch)
                 options = encoder.graph.task(task).options
-                chosen = [parse_answer(t, options) for t in texts]
+                chosen = [parse_answer(t, options) for t in _generate(reader, batch, _longest(encoder, task))]
             else:
                 best = score_options(reader, batch, candidates).argmax(1).tolist()
                 chosen = [candidates[b] for b in best]
@@ -135,8 +137,10 @@ def answer(
 
 
 def option_sets(graph: TaskGraph, task: str) -> list[tuple[str, ...]]:
-    """Every answer a task allows: the sets of 1 to `choose` options, each in declared order."""
+    """Every answer a task allows: the sets of 1 to `choose` options, each in declared order; none if over 4096."""
     t = graph.task(task)
+    if sum(comb(len(t.options or ()), n) for n in range(1, t.choose + 1)) > MAX_SETS:
+        return []
     return [c for n in range(1, t.choose + 1) for c in combinations(t.options or (), n)]
 
 
@@ -155,24 +159,40 @@ def score_options(reader: ImageFeatures, batch: Batch, candidates: Sequence[Sequ
     last[:, -1] = True
     with logits_at(model, last):
         out = model(**inputs, use_cache=True)
-    first = out.logits.float().log_softmax(-1)[:, answers[:, 0].to(device)]
+    first = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(device)]
     if answers.shape[1] == 1:
-        return first.cpu()
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(count)
+        return first.cpu()  # type: ignore[no-any-return]
+    step = max(1, MAX_ROWS // n)
+    rest = [
+        _later(model, out.past_key_values, answers[i : i + step], real[i : i + step], n, length, i + step < count)
+        for i in range(0, count, step)
+    ]
+    scores: Tensor = first + torch.cat(rest, 1)
+    return scores.cpu()
+
+
+def _later(model: nn.Module, cache: Any, answers: Tensor, real: Tensor, n: int, length: int, again: bool) -> Tensor:
+    """Log-likelihood of all but the first token of each of `answers` after n cached prompts: (n, answers).
+
+    Uses `cache` up, unless it is needed `again`.
+    """
+    cache = copy.deepcopy(cache) if again else cache
+    cache.batch_repeat_interleave(len(answers))
+    device = next(model.parameters()).device
     fed = answers.repeat(n, 1).to(device)
     predicts = real[:, 1:].repeat(n, 1)
     with logits_at(model, predicts):
-        later = model(
+        logits = model(
             input_ids=fed[:, :-1],
-            attention_mask=torch.ones(n * count, length + fed.shape[1] - 1, dtype=torch.long, device=device),
+            attention_mask=torch.ones(len(fed), length + fed.shape[1] - 1, dtype=torch.long, device=device),
             past_key_values=cache,
             use_cache=True,
         ).logits
-    picked = -nn.functional.cross_entropy(later.float(), fed[:, 1:][predicts.to(device)], reduction="none")
+    targets = fed[:, 1:][predicts.to(device)]
+    picked = -nn.functional.cross_entropy(at_least_float32(logits), targets, reduction="none")
     owner = predicts.nonzero(as_tuple=True)[0].to(device)
-    rest = torch.zeros(n * count, device=device).index_add_(0, owner, picked)
-    return (first + rest.view(n, count)).cpu()
+    sums: Tensor = picked.new_zeros(len(fed)).index_add_(0, owner, picked)
+    return sums.view(n, len(answers))
 
 
 def same_length(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
@@ -190,12 +210,19 @@ def under(model: nn.Module, task: str) -> AbstractContextManager[None]:
     return model.tasks(task) if attached_state(model) is not None else nullcontext()  # type: ignore[operator]
 
 
-def _generate(reader: ImageFeatures, batch: Batch) -> list[str]:
+def _longest(encoder: Encoder, task: str) -> int:
+    """Tokens that any answer of the task fits in."""
+    t = encoder.graph.task(task)
+    lengths = sorted((len(encoder.answer_ids([o])) + 1 for o in t.options or ()), reverse=True)
+    return max(MAX_NEW_TOKENS, sum(lengths[: t.choose]))
+
+
+def _generate(reader: ImageFeatures, batch: Batch, tokens: int) -> list[str]:
     """Greedy answers as text, end token and what follows it cut off."""
     tokenizer = reader.encoder.tokenizer
     out = reader.model.generate(  # type: ignore[operator]
         **reader.inputs(batch),
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=reader.encoder.pad,
         eos_token_id=reader.encoder.end,

@@ -20,16 +20,21 @@ def parse_answer(text: str, options: Sequence[str] | None) -> tuple[str, ...]:
 
     Valid is exactly what training teaches: options separated by ", ", nothing else, case and spaces apart.
     """
-    said = " ".join(text.split())
+    said = text.strip()
     if options is None:
         return (said,) if said else ()
-    known = {o.casefold(): o for o in options}
-    if said.casefold() in known:  # an option may itself hold ", "
-        return (known[said.casefold()],)
-    parts = [p.casefold() for p in said.split(", ")]
-    if len(set(parts)) < len(parts) or any(p not in known for p in parts):
-        return ()
-    return tuple(o for o in options if o.casefold() in parts)
+    for read in (str, _fold):  # options may differ in nothing but case: as it is written comes first
+        known = {read(o): o for o in reversed(options)}
+        if read(said) in known:  # an option may itself hold ", "
+            return (known[read(said)],)
+        parts = [known.get(p) for p in read(said).split(", ")]
+        if None not in parts and len(set(parts)) == len(parts):
+            return tuple(o for o in options if o in parts)
+    return ()
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from contextlora.errors import AdapterError, ConfigError, did_you_mean
 from contextlora.graph import TaskGraph
-from contextlora.lora.gates import GateState, carry_gate_into_recompute, stop_carrying, trainable_ranks
+from contextlora.lora.gates import GateState, carry_gate_into_recompute, trainable_ranks
 from contextlora.lora.layer import GatedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,7 +80,6 @@ def detach(model: Model) -> Model:
     """Puts the base layers back, in place; a model without blocks is left as it is. Base weights stay frozen."""
     for path, layer in gated_layers(model).items():
         model.set_submodule(path, layer.base)
-    stop_carrying(model)
     for name in ("contextlora_state", "tasks"):
         if name in model.__dict__:
             delattr(model, name)

@@ -150,16 +150,8 @@ def carry_gate_into_recompute(model: nn.Module, state: GateState) -> None:
     for module in model.modules():
         function = vars(module).get("_gradient_checkpointing_func")
         if function is not None and getattr(function, "carries_gate_of", None) is not state:
-            function = getattr(function, "__wrapped__", function)  # of a model this one was copied from
+            function = getattr(function, "__wrapped__", function)  # was wrapped for a copy, or before detach
             module._gradient_checkpointing_func = _with_gate(function, state)  # type: ignore[assignment]
-
-
-def stop_carrying(model: nn.Module) -> None:
-    """Undoes `carry_gate_into_recompute`."""
-    for module in model.modules():
-        function = vars(module).get("_gradient_checkpointing_func")
-        if hasattr(function, "carries_gate_of"):
-            module._gradient_checkpointing_func = function.__wrapped__  # type: ignore[union-attr]
 
 
 def _with_gate(checkpoint: Callable[..., Any], state: GateState) -> Callable[..., Any]:

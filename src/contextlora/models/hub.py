@@ -47,7 +47,7 @@ def load_model(
             model, processor = _from_pretrained(str(name), kind, place)
     _set_pad(model, getattr(processor, "tokenizer", processor))
     model.eval().requires_grad_(False)
-    model.contextlora_fingerprint = fingerprint(model)  # of the base alone, before any adapter changes its modules
+    stamp(model)
     return model, processor
 
 
@@ -161,8 +161,14 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
-    known = getattr(model, "contextlora_fingerprint", None)
+    known: str | None = getattr(model, "contextlora_fingerprint", None)
     return known or _digest(_spaced(model.named_parameters()))
+
+
+def stamp(model: Any) -> None:
+    """Keeps the fingerprint of the base as it is now, before adapters change its modules."""
+    model.contextlora_fingerprint = None
+    model.contextlora_fingerprint = fingerprint(model)
 
 
 def vision_fingerprint(model: Any) -> str:

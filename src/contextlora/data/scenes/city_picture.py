@@ -38,7 +38,7 @@ def paint(rng: Generator, f: dict[str, Any]) -> Image.Image:
     if f["event"] == "flood":
         _flood(c, rng)
     x, y = rng.uniform(74, 182), rng.uniform(140, 190)
-    people, cars = {"sparse": (1, 1), "busy": (11, 4), "crowded": (38, 10)}[f["density"]]
+    people, cars = {"sparse": (1, 1), "busy": (10, 4), "crowded": (30, 9)}[f["density"]]
     things = [
         *_people(rng, people),
         *_cars(rng, cars if f["place"] in ("street", "crossroads") else cars // 2, f["place"]),
@@ -250,7 +250,7 @@ def _car(c: Canvas, x: float, y: float, w: float, colour: Colour, angle: float) 
 
 
 def _fire(c: Canvas, rng: Generator, x: float, y: float) -> None:
-    size = 1.5 * _size(y)
+    size = 1.3 * _size(y)
     if rng.random() < 0.5:
         _car(c, x, y, 1.6 * size, (50, 46, 44), 0.0)
     for k in range(14):  # smoke
@@ -267,7 +267,7 @@ def _fire(c: Canvas, rng: Generator, x: float, y: float) -> None:
 
 
 def _crash(c: Canvas, rng: Generator, x: float, y: float) -> None:
-    size = 1.5 * _size(y)
+    size = 1.3 * _size(y)
     side = pick(rng, (-1, 1))
     tilt = side * rng.uniform(0.3, 0.6)
     _car(c, x - 0.62 * size, y, 1.7 * size, vary(rng, pick(rng, PAINTS)), tilt)
@@ -298,7 +298,7 @@ def _flood(c: Canvas, rng: Generator) -> None:
 
 
 def _fallen(c: Canvas, rng: Generator, x: float, y: float) -> None:
-    size, side = 1.5 * _size(y), pick(rng, (-1, 1))
+    size, side = 1.3 * _size(y), pick(rng, (-1, 1))
     bark, leaf = vary(rng, (98, 70, 46)), pick(rng, ((58, 106, 52), (88, 124, 58), (146, 118, 56)))
     root, crown = (x - side * 1.6 * size, y), (x + side * 1.1 * size, y - 0.1 * size)
     c.line([root, crown], bark, 0.2 * size)

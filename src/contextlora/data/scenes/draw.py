@@ -125,7 +125,7 @@ class Canvas:
 
 
 def photograph(
-    rng: Generator, canvas: Canvas, *, turn: float = 3.0, zoom: tuple[float, float] = (0.92, 1.08)
+    rng: Generator, canvas: Canvas, *, turn: float = 3.0, zoom: tuple[float, float] = (0.95, 1.09)
 ) -> Image.Image:
     """What a cheap camera sees of the canvas: moved, turned, mirrored, blurred, miscoloured and noisy.
 
@@ -147,7 +147,7 @@ def photograph(
     matrix = (c * flip, -s, mx - c * flip * half + s * half, s * flip, c, my - s * flip * half - c * half)
     small = canvas.image.reduce(SCALE)
     seen = small.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    if (blur := rng.uniform(-0.5, 0.9)) > 0.2:
+    if (blur := rng.uniform(-0.4, 0.75)) > 0.2:
         seen = seen.filter(ImageFilter.GaussianBlur(blur))
     return _develop(rng, seen)
 
@@ -164,7 +164,7 @@ def _develop(rng: Generator, seen: Image.Image) -> Image.Image:
     pixels += np.float32(118 + rng.uniform(-14, 12))
     pixels *= light[..., None].astype(np.float32)
     pixels *= rng.uniform(0.94, 1.06, 3).astype(np.float32)
-    pixels += rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32) * np.float32(rng.uniform(1, 7))
+    pixels += rng.standard_normal((SIZE, SIZE, 3), dtype=np.float32) * np.float32(rng.uniform(1, 5.5))
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 

@@ -45,7 +45,7 @@ def paint(rng: Generator, f: dict[str, Any]) -> Image.Image:
         y = floor + rng.uniform(66, 88)
         person(c, x, y, rng.uniform(100, 122), look, lean=rng.uniform(-0.05, 0.05), reach=rng.uniform(-0.6, 0.6))
     _foreground(c, rng)
-    level = rng.uniform(0.74, 1.06)
+    level = rng.uniform(0.82, 1.06)
     c.dim([level * k for k in pick(rng, ((1, 1, 1), (1, 0.96, 0.86), (0.9, 0.97, 1)))])
     if "welding" in f["activities"]:  # the arc outshines the hall's own light
         _arc(c, rng, spots[f["activities"].index("welding")], floor)

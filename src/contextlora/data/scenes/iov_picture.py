@@ -34,7 +34,7 @@ _SKY: dict[tuple[str, bool], tuple[Colour, Colour]] = {  # light, clear sky: top
     ("night", True): ((22, 28, 62), (70, 78, 120)),
     ("night", False): ((44, 48, 60), (84, 88, 100)),
 }
-_DIM = {"daylight": (1.0, 1.0, 1.0), "dusk": (0.84, 0.74, 0.72), "night": (0.5, 0.52, 0.64)}
+_DIM = {"daylight": (1.0, 1.0, 1.0), "dusk": (0.84, 0.74, 0.72), "night": (0.56, 0.58, 0.7)}
 _HOUSES: dict[str, Colour] = {
     "red": (178, 52, 44),
     "blue": (62, 104, 182),
@@ -168,7 +168,7 @@ def _wet(c: Canvas, rng: Generator, f: dict[str, Any], v: _View) -> None:
     for _ in range(int(rng.integers(10, 18))):  # upright reflections
         x, y = v.at(rng.uniform(-0.9, 0.9), rng.uniform(0.1, 0.7))
         c.box(x, y, rng.uniform(3, 11), rng.uniform(20, 76), (*sky, int(rng.integers(50, 100))), 2)
-    for _ in range(int(rng.integers(5, 10))):
+    for _ in range(int(rng.integers(6, 11))):
         t = rng.uniform(0.1, 0.94) ** 0.5  # mostly near
         x, y = v.at(rng.uniform(-0.9, 0.9), t)
         r = rng.uniform(24, 50) * t
@@ -257,8 +257,9 @@ def _traffic(rng: Generator, kind: str, v: _View, closed: int, lights: list[_Lig
     """The vehicles on the road; their lamps are added to `lights`."""
     lanes = [u for u in (-0.66, 0.0, 0.66) if u * closed <= 0]
     spots: list[tuple[float, float]] = []
-    if kind == "light traffic":
-        spots = [(pick(rng, lanes), rng.uniform(0.38, 0.66)) for _ in range(int(rng.integers(2, 4)))]
+    if kind == "light traffic":  # one car near, one or two farther off
+        gaps = [rng.uniform(0.54, 0.66), *rng.uniform(0.32, 0.48, int(rng.integers(1, 3)))]
+        spots = [(pick(rng, lanes), float(t)) for t in gaps]
     elif kind == "heavy traffic":
         depths = (0.16, 0.23, 0.32, 0.43, 0.57)  # the nearest stretch of road stays in view
         spots = [(u, t * rng.uniform(0.9, 1.1)) for u in lanes for t in depths if rng.random() < 0.88]
@@ -268,14 +269,14 @@ def _traffic(rng: Generator, kind: str, v: _View, closed: int, lights: list[_Lig
     for u, t in spots:
         x, y = v.at(u + rng.uniform(-0.06, 0.06), t)
         colour, van, rear = vary(rng, pick(rng, PAINTS)), rng.random() < 0.2, u >= 0 or rng.random() < 0.4
-        things.append((t, partial(_car, x=x, y=y, w=62 * t, colour=colour, van=van, rear=rear)))
+        things.append((t, partial(_car, x=x, y=y, w=66 * t, colour=colour, van=van, rear=rear)))
         glow: Colour = (255, 50, 40) if rear else (255, 244, 214)
         lights += [(x + s * 20 * t, y - 15 * t, (12 if rear else 20) * t, glow) for s in (-1, 1)]
     if kind == "stopped truck":
         t = rng.uniform(0.5, 0.66)
         x, y = v.at(pick(rng, lanes) * 0.9, t)
         colour = vary(rng, pick(rng, PAINTS))
-        things.append((t, partial(_truck, x=x, y=y, w=92 * t, colour=colour)))
+        things.append((t, partial(_truck, x=x, y=y, w=96 * t, colour=colour)))
         lights += [(x + s * 38 * t, y - 16 * t, 24 * t, (255, 150, 30)) for s in (-1, 1)]
     return things
 
@@ -338,7 +339,7 @@ def _walkers(rng: Generator, where: str, v: _View) -> list[_Thing]:
         x, y = v.at(u, t)
         look, stride = Look.of(rng), 0.14 if where == "crossing" else 0.07
         lean = rng.uniform(-0.03, 0.03)
-        things.append((t, partial(person, x=x, y=y, h=90 * t, look=look, lean=lean, stride=stride)))
+        things.append((t, partial(person, x=x, y=y, h=98 * t, look=look, lean=lean, stride=stride)))
     return things
 
 

@@ -1,0 +1,344 @@
+"""One place that opens a model for use, and the whole of a training run: what the command line calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import cached_assets_path
+
+from contextlora.config import RunConfig, load
+from contextlora.data.collate import Encoder
+from contextlora.data.records import data_hash, load_examples
+from contextlora.errors import AdapterError, ConfigError, ContextLoRAError, RunError
+from contextlora.evaluation.evaluate import Evaluation, Method, evaluate
+from contextlora.graph import TaskGraph
+from contextlora.lora.adapter import Adapter
+from contextlora.lora.attach import attach, gated_layers
+from contextlora.lora.folder import MANIFEST, existing
+from contextlora.models import load_model, vision_fingerprint
+from contextlora.models.hub import quiet
+from contextlora.models.inputs import ImageFeatures
+from contextlora.training.align import align
+from contextlora.training.loop import train, training_examples
+from contextlora.training.runs import RunFolder
+from contextlora.training.track import Tracker
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model ready for use.
+
+    Attributes:
+        model: with the graph's blocks attached.
+        processor: its processor or tokenizer.
+        graph: the tasks.
+        adapter: what was loaded into the blocks, None where nothing is trained yet.
+        reader: gives the model its inputs, image features kept on disk.
+        base: name or folder of the base model.
+    """
+
+    model: Any
+    processor: Any
+    graph: TaskGraph
+    adapter: Adapter | None
+    reader: ImageFeatures
+    base: str
+
+
+def open_session(
+    source: RunConfig | str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    base: str | None = None,
+    fresh: bool = False,
+    device: str | None = None,
+) -> Session:
+    """Loads the base model and puts blocks on it.
+
+    Args:
+        source: a run's configuration (its graph, with the adapter in `out` if there is one), or an adapter folder.
+        tasks: of an adapter folder, read these and their prerequisites alone.
+        base: name or folder of the base model, where it is not the one that `source` names.
+        fresh: leave an adapter in `out` alone and start from first values.
+        device: where to run; None takes the configuration's, or the CPU.
+
+    Raises:
+        ConfigError, AdapterError: for a graph, adapter or model that cannot be used or do not fit.
+    """
+    if isinstance(source, RunConfig):
+        config, graph = source, TaskGraph.load(source.graph_path)
+        folder = RunFolder(config.out)
+        adapter = Adapter.load(folder.adapter).with_graph(graph) if folder.has_adapter and not fresh else None
+        name = base or (str(folder.base) if _is_model(folder.base) else config.model)
+    else:
+        home = find_adapter(source)
+        adapter = Adapter.load(home, tasks)
+        config, graph = _config_beside(home), adapter.graph
+        name = base or _base_of(adapter, home)
+    model, processor = load_model(name, dtype=config.dtype, device=device or config.device)
+    model.config.name_or_path = name  # what `Adapter.of` calls its base
+    if isinstance(source, RunConfig):  # under its `layers`, so that an adapter made with others is refused
+        attach(model, graph, layers=config.train.layers, targets=config.train.targets, seed=config.train.seed)
+    if adapter is not None:
+        adapter.apply(model, any_base=base is not None)
+    encoder = Encoder(processor, graph)
+    reader = ImageFeatures(model, encoder, feature_folder(model) if encoder.sees_images else None)
+    return Session(model, processor, graph, adapter, reader, name)
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder that `path` means: itself, or the one in a run's folder. Raises AdapterError E310."""
+    path = Path(path).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    return existing(path / "adapter" if (path / "config.yaml").is_file() else path)
+
+
+def feature_folder(model: Any) -> Path | None:
+    """Where image features of exactly this tower and projector are kept; None where nothing can be written."""
+    key = vision_fingerprint(model).removeprefix("sha256:")[:32]
+    try:
+        folder = cached_assets_path("contextlora", "features", key)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def run_training(
+    config: RunConfig,
+    tasks: Iterable[str] | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    evaluate_on: str | None = None,
+    before: bool = False,
+    silent: bool = False,
+    say: Say = lambda _: None,
+) -> Session:
+    """A whole run: align if asked, train, save the adapter, evaluate if asked.
+
+    Where `config.out` holds an adapter already, it is loaded first: `tasks` train anew and all other blocks stay
+    byte-identical. A task's prerequisites are used as they are, trained or not.
+
+    Args:
+        config: the run.
+        tasks: which blocks to train; None means all.
+        resume: go on from the newest checkpoint, bit-exactly; a run that has ended is left as it is.
+        force: throw away an interrupted run, and with `tasks` None the adapter too.
+        evaluate_on: a split to measure accuracy on afterwards; kept in the adapter and in evaluation.json.
+        before: measure on that split before training too.
+        silent: no progress bar.
+        say: told of what a user should know.
+
+    Raises:
+        RunError: E521 if a finished run would be overwritten, E522 an interrupted one; as `train`.
+    """
+    graph, folder = TaskGraph.load(config.graph_path), RunFolder(config.out)
+    named = None if tasks is None else list(tasks)
+    wanted = _wanted(graph, named, folder)
+    folder.refuse_a_second_run(named, resume=resume, force=force)
+    if resume and folder.finished(wanted):
+        say("this run is finished; nothing to resume")
+        return open_session(config)
+    _writable(config)
+    training_examples(config.data, graph, config.train)  # its faults before the model is loaded
+    folder.begin(config, wanted, resume=resume)
+    with folder.phase("load and align"):
+        fresh = force and named is None
+        _align(config, graph, folder, again=not resume and (fresh or not folder.has_adapter), say=say)
+        session = open_session(config, fresh=fresh)
+    _say_what_is_untrained(session, wanted, say)
+    for layer in gated_layers(session.model).values():
+        for task in wanted:
+            layer.reset(task, config.train.seed)
+    if before and evaluate_on and not (resume and "before" in folder.evaluation()):
+        say(f"measuring the untrained model on split {evaluate_on}")
+        with folder.phase("evaluate before"):
+            measure(session, config.data, evaluate_on, tasks=wanted, folder=folder, name="before")
+    with folder.phase("train"), Tracker(folder.path, config.trackers, silent) as tracker:
+        train(
+            session.model,
+            session.processor,
+            graph,
+            data=config.data,
+            out=config.out,
+            config=config.train,
+            tasks=wanted,
+            resume=resume,
+            features=session.reader,
+            tracker=tracker,
+        )
+    folder.note(state="done", base=session.base, data_sha256=data_hash(config.data), **_sizes(session))
+    session = Session(
+        session.model, session.processor, graph, Adapter.load(folder.adapter), session.reader, session.base
+    )
+    if evaluate_on:
+        say(f"measuring the trained model on split {evaluate_on}")
+        with folder.phase("evaluate after"):
+            measure(session, config.data, evaluate_on, context=config.train.context, folder=folder)
+    return session
+
+
+def measure(
+    session: Session,
+    data: str | Path,
+    split: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    method: Method = "likelihood",
+    context: str = "none",
+    folder: RunFolder | None = None,
+    name: str = "after",
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Accuracy on a split; with `folder` kept in its evaluation.json and, as "after", in its adapter."""
+    known = [t for t in session.graph.names if session.adapter is None or t in session.adapter.blocks]
+    result = evaluate(
+        session.model,
+        session.processor,
+        session.graph,
+        data=data,
+        split=split,
+        tasks=known if tasks is None else tasks,
+        method=method,
+        context=context,
+        features=session.reader,
+        progress=progress,
+    )
+    if folder is not None:
+        examples = load_examples(data, session.graph)
+        parts = [[e for e in examples if e.split == s] for s in ("train", split)]
+        folder.record(name, result, session.graph, *parts, split=split, method=method, context=context)
+        if name == "after" and folder.has_adapter:
+            metrics = {t: {f"{split} accuracy": a.mean} for t, a in result.accuracy.items()}
+            Adapter.of(session.model, metrics=metrics).save(folder.adapter)
+    return result
+
+
+def open_for_eval(
+    source: RunConfig | str | Path, data: str | Path | None, *, base: str | None = None, device: str | None = None
+) -> tuple[Session, RunFolder | None, Path]:
+    """A session to measure, the run's folder that should keep the result (None if it is no run's data), and the data.
+
+    Raises ConfigError E108 if nothing says which data to use.
+    """
+    if isinstance(source, RunConfig):
+        config: RunConfig | None = source
+        run = RunFolder(source.out)
+        if not run.has_adapter:
+            raise AdapterError("E310", "nothing is trained here yet; run contextlora train first", where=run.path)
+    else:
+        run = RunFolder(find_adapter(source).parent)
+        config = load(run.config) if run.config.is_file() else None
+    if data is None and config is None:
+        raise ConfigError("E108", "no run lies around this adapter; name a data folder", where="--data")
+    place = Path(data) if data is not None else Path(config.data if config else "")
+    mine = config is not None and place.resolve() == Path(config.data).resolve() and run.graph.is_file()
+    return open_session(source, base=base, device=device), run if mine else None, place
+
+
+def export_merged(folder: str | Path, task: str, out: str | Path, *, base: str | None = None) -> Path:
+    """Writes the base model with a task and its prerequisites merged in: see `Adapter.export_merged`."""
+    adapter = Adapter.load(folder)
+    session = open_session(folder, tasks=[task], base=base)
+    with quiet():
+        return adapter.export_merged(session.model, task, out, session.processor)
+
+
+# --- parts of a run --------------------------------------------------------------------------------------------------
+
+
+def _wanted(graph: TaskGraph, tasks: list[str] | None, folder: RunFolder) -> list[str]:
+    """The tasks to train, in declared order; hints at the graph that knows an unknown one."""
+    try:
+        chosen = set(graph.names if tasks is None else [t for t in tasks if graph.task(t)])
+    except ConfigError as e:
+        inner = folder.adapter / "graph.yaml"
+        if tasks and inner.is_file() and set(tasks) <= set(TaskGraph.load(inner).names):
+            text = f"{e.message} {inner} has it: pass --set graph={inner.resolve()}"
+            raise ConfigError(e.code, text, where=e.where) from None
+        raise
+    if not chosen:
+        raise ConfigError("E104", f"no task named; there are: {', '.join(graph.names)}", where="--tasks")
+    return [t for t in graph.names if t in chosen]
+
+
+def _writable(config: RunConfig) -> None:
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError("E523", f"cannot be written: {e.strerror}", where=config.out) from None
+
+
+def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: bool, say: Say) -> None:
+    """The projector's own stage, before the tasks; its result is a base model of this run's own."""
+    if not config.align.epochs or (_is_model(folder.base) and not again):
+        return
+    say(f"aligning the projector of {config.model}")
+    model, processor = load_model(config.model, dtype=config.dtype, device=config.device)
+    a = config.align
+    examples = training_examples(config.data, graph, config.train)
+    align(model, processor, examples, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=config.train.seed)
+    part = folder.path / ".base.part"
+    shutil.rmtree(part, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+    shutil.rmtree(folder.base, ignore_errors=True)
+    part.rename(folder.base)
+
+
+def _say_what_is_untrained(session: Session, wanted: Sequence[str], say: Say) -> None:
+    trained = set(session.adapter.blocks) if session.adapter else set()
+    for task in wanted:
+        lost = [p for p in session.graph.prerequisites(task) if p not in trained and p not in wanted]
+        if lost:
+            say(f"'{task}' trains on prerequisites that are not trained yet: {', '.join(lost)}")
+
+
+def _sizes(session: Session) -> dict[str, Any]:
+    layers = gated_layers(session.model)
+    blocks = sum(m.numel() for layer in layers.values() for m in (layer.A, layer.B))
+    total = sum(p.numel() for p in session.model.parameters() if not p.requires_grad)
+    device = str(next(session.model.parameters()).device)
+    return {
+        "parameters": total,
+        "block_parameters": blocks,
+        "layers": len(layers),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# --- finding things --------------------------------------------------------------------------------------------------
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _base_of(adapter: Adapter, home: Path) -> str:
+    """The base that an adapter names; one that its run made lies beside it, wherever the run's folder has gone."""
+    if Path(adapter.base).name == "base" and _is_model(home.parent / "base"):
+        return str(home.parent / "base")
+    if not adapter.base:
+        raise AdapterError("E314", "does not say which base model it belongs to; name it with --base", where=home)
+    return adapter.base
+
+
+def _config_beside(home: Path) -> RunConfig:
+    """The configuration of the run that an adapter folder lies in, or the defaults."""
+    path = home.parent / "config.yaml"
+    try:
+        return load(path) if path.is_file() else RunConfig()
+    except ContextLoRAError:
+        return RunConfig()
