@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import save_tiny_llava
 from typer.testing import CliRunner
 
 from contextlora.cli import app
+from tiny_llava import save_tiny_llava
 
 COMMANDS = ["init", "check", "train", "eval", "ask", "export", "plug", "drop", "report", "demo"]
 
@@ -225,11 +225,7 @@ def test_accuracy_is_kept_in_adapter_and_run(project: Path):
 
 def test_ask_by_question_and_with_context(project: Path):
     image = ["--image", project / "data/images/30.png"]
-    by_task = ok("ask", project / "runs", *image, "--task", "road")
-    assert ok("ask", project / "runs", *image, "--question", "is the road dry or wet") == {
-        **by_task,
-        "answers": by_task["answers"],
-    }
+    assert ok("ask", project / "runs", *image, "--question", "is the road dry or wet")["answers"].keys() == {"road"}
     assert ok("ask", project / "runs", *image, "--task", "action", "--context", "predicted")["answers"]["action"]
     assert run("ask", project / "runs", *image, "--task", "road").stdout.startswith("road: ")
 
@@ -303,7 +299,9 @@ def test_a_changed_task_trains_alone_and_its_children_say_so(project: Path):
 def test_a_task_taken_out_of_the_graph(project: Path):
     edit_graph(project, light=None, action={"after": ["road"]})
     assert ok("eval", project / "config.yaml", "--split", "valid")["tasks"].keys() == {"road", "action"}
-    assert "prerequisites changed" in ok("train", project / "config.yaml", "--tasks", "road")["stale"]["action"]
+    stale = ok("train", project / "config.yaml", "--tasks", "road")["stale"]
+    assert stale == {"action": "prerequisite 'light' was removed"}
+    assert not (project / "runs/adapter/tasks/light").exists()
 
 
 def test_drop_and_plug(project: Path, tmp_path: Path):
@@ -314,7 +312,7 @@ def test_drop_and_plug(project: Path, tmp_path: Path):
     assert dropped["stale"] == {"action": "prerequisite 'light' was removed"}
     asked = run("ask", project / "runs", "--image", project / "data/images/00.png", "--task", "action")
     assert "warning: 'action' should be trained again: prerequisite 'light' was removed" in asked.stderr
-    assert "E317" in refused("export", project / "runs", "--task", "action,light", "--out", tmp_path / "n") or True
+    assert "E104" in refused("export", project / "runs", "--task", "action,light", "--out", tmp_path / "n")
     assert ok("plug", project / "runs", other)["stale"] == {}
     assert files(project / "runs/adapter/tasks") == whole
     assert "E316" in refused("plug", project / "runs", other, "--task", "light")
@@ -347,6 +345,43 @@ def test_force_trains_all_anew(project: Path):
     assert ok("train", project / "config.yaml", "--force")["sha256"] == first["sha256"] != other["sha256"]
 
 
+def test_resume_alone_means_the_tasks_of_the_last_run(project: Path):
+    before = files(project / "runs/adapter/tasks")
+    ok("train", project / "config.yaml", "--tasks", "road")
+    assert ok("train", project / "config.yaml", "--resume")["stale"] == {}  # same data, same seed: the same block
+    assert files(project / "runs/adapter/tasks") == before
+    assert refused("train", project / "config.yaml", "--resume", "--set", "train.lr=1").startswith("error E521 ")
+
+
+def test_layers_given_once_hold_for_all_later_commands(project: Path):
+    ok("train", project / "config.yaml", "--force", "--set", "train.layers=top 1/3")
+    assert ok("eval", project / "config.yaml", "--split", "valid")["tasks"]
+    assert "E315" in refused("train", project / "config.yaml", "--tasks", "road")
+
+
+def test_training_again_forgets_what_was_measured(project: Path):
+    edit_graph(project, road={"question": "is the road wet ?"})
+    ok("train", project / "config.yaml", "--tasks", "road")
+    assert json.loads((project / "runs/evaluation.json").read_text())["after"]["tasks"].keys() == {"light", "action"}
+    steps = (project / "runs/metrics.jsonl").read_text().splitlines()
+    assert sum("road" in json.loads(line)["loss"] for line in steps) == 6
+
+
+def test_alignment_makes_a_base_of_the_runs_own(tmp_path: Path, tiny: Path):
+    project = make(tmp_path / "p", tiny)
+    ok("train", project / "config.yaml", "--set", "align.epochs=1")
+    base = files(project / "runs/base")
+    manifest = json.loads((project / "runs/adapter/manifest.json").read_text())
+    assert manifest["base"] == str(project / "runs/base")
+    again = ["train", project / "config.yaml", "--set", "align.epochs=1"]
+    ok(*again, "--tasks", "action")
+    assert files(project / "runs/base") == base
+    image = ["--image", project / "data/images/30.png", "--task", "all"]
+    here = ok("ask", project / "runs", *image)
+    shutil.move(project / "runs", tmp_path / "moved")
+    assert ok("ask", tmp_path / "moved", *image) == here
+
+
 def test_the_runs_folder_is_a_configuration(project: Path):
     """The copies in a run's folder say the same as the originals."""
     again = ok("train", project / "runs", "--force")["sha256"]
@@ -355,8 +390,8 @@ def test_the_runs_folder_is_a_configuration(project: Path):
 
 def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, tiny: Path):
     project = make(tmp_path / "p", tiny)
-    ok("train", project / "config.yaml", "--set", "out=straight", "--set", "train.epochs=40")
-    words = [project / "config.yaml", "--set", "train.epochs=40"]
+    ok("train", project / "config.yaml", "--set", "out=straight", "--set", "train.epochs=8")
+    words = [project / "config.yaml", "--set", "train.epochs=8"]
     command = [sys.executable, "-c", "from contextlora.cli import main; main()", "train", *map(str, words)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
     metrics = project / "runs/metrics.jsonl"
@@ -396,7 +431,7 @@ def test_training_wrongly(project: Path, command: str, words: list[str], code: s
     if command == "check":
         words = [w for w in words if w != "--force"]
     if command == "check" and code == "E302":
-        (shutil.rmtree)(project / "runs")
+        shutil.rmtree(project / "runs")  # `check` opens what `train --tasks` would, with the adapter
     before = files(project / "runs/adapter") if (project / "runs").exists() else {}
     assert refused(command, project / "config.yaml", *words).startswith(f"error {code} ")
     assert not before or files(project / "runs/adapter") == before

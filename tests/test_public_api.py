@@ -47,7 +47,7 @@ def test_an_unknown_name_is_an_attribute_error():
     "code",
     [
         "import contextlora",
-        "import contextlora; contextlora.TaskGraph, contextlora.ContextLoRAError, contextlora.__version__, dir(contextlora)",
+        "import contextlora as c; c.TaskGraph, c.ContextLoRAError, c.__version__, dir(c)",
         "import contextlora.cli",
         "import contextlora.config, contextlora.graph",
     ],

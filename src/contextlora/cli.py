@@ -200,7 +200,7 @@ def train(
         resume=resume,
         force=force,
         evaluate_on=evaluate_on.value if evaluate_on else None,
-        silent=as_json or not sys.stderr.isatty(),
+        silent=as_json,
         say=_say,
     )
     assert session.adapter is not None
@@ -380,8 +380,7 @@ def demo(
     """
     from contextlora.reports.demo import demo
 
-    quiet = as_json or not sys.stderr.isatty()
-    made = demo(out, scene=scene, quick=quick, model=model, quiet=quiet, say=_say if as_json else typer.echo)
+    made = demo(out, scene=scene, quick=quick, model=model, silent=as_json, say=_say if as_json else typer.echo)
     if as_json:
         _out(True, {k: str(v) if isinstance(v, Path) else v for k, v in vars(made).items()}, "")
         return
@@ -397,7 +396,10 @@ def demo(
 def _load(path: Path, overrides: Sequence[str] | None) -> RunConfig:
     from contextlora.config import load
 
-    return load(path / "config.yaml" if path.is_dir() else path, overrides or ())
+    path = path / "config.yaml" if path.is_dir() else path
+    if path.is_file() and not path.read_bytes().strip():
+        raise ConfigError("E102", "is empty; `contextlora init` writes one to start from", where=path)
+    return load(path, overrides or ())
 
 
 def _is_config(path: Path) -> bool:

@@ -19,10 +19,11 @@ class AlignConfig(Strict):
     """The projector's own stage, before the tasks (SEMANTICS: whatever tasks share is frozen while they train).
 
     Attributes:
-        epochs: passes over the training images; 0 leaves the projector as it is.
+        epochs: passes of captions through the language model; None leaves the projector as it is, 0 only points it at
+            the answers' words, which is most of the effect in a fraction of the time.
     """
 
-    epochs: Annotated[float, Field(ge=0, le=100, strict=False)] = 0.0
+    epochs: Annotated[float, Field(ge=0, le=100, strict=False)] | None = None
     lr: Positive = 2e-4
     batch_size: Annotated[int, Field(ge=1)] = 16
 
@@ -117,7 +118,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
         return config
     home = Path(path).parent
     moved = {k: str(home / v) for k in ("data", "graph", "out") if (v := getattr(config, k)) is not None}
-    if (home / config.model).is_dir():
+    if config.model != RunConfig.model_fields["model"].default and (home / config.model).is_dir():
         moved["model"] = str(home / config.model)
     return config.model_copy(update=moved)
 

@@ -159,40 +159,55 @@ def score_options(reader: ImageFeatures, batch: Batch, candidates: Sequence[Sequ
     last[:, -1] = True
     with logits_at(model, last):
         out = model(**inputs, use_cache=True)
-    first = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(device)]
+    first: Tensor = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(device)]
     if answers.shape[1] == 1:
-        return first.cpu()  # type: ignore[no-any-return]
-    step = max(1, MAX_ROWS // n)
-    rest = [
-        _later(model, out.past_key_values, answers[i : i + step], real[i : i + step], n, length, i + step < count)
-        for i in range(0, count, step)
-    ]
-    scores: Tensor = first + torch.cat(rest, 1)
-    return scores.cpu()
+        return first.cpu()
+    cache, starts = out.past_key_values, _positions_after(model, inputs)
+    parts = [slice(i, i + max(1, MAX_ROWS // n)) for i in range(0, count, max(1, MAX_ROWS // n))]
+    caches = [copy.deepcopy(cache) for _ in parts[1:]] + [cache]  # each is used up
+    rest = [_later(model, c, answers[p], real[p], starts) for c, p in zip(caches, parts, strict=True)]
+    return (first + torch.cat(rest, 1)).cpu()
 
 
-def _later(model: nn.Module, cache: Any, answers: Tensor, real: Tensor, n: int, length: int, again: bool) -> Tensor:
-    """Log-likelihood of all but the first token of each of `answers` after n cached prompts: (n, answers).
-
-    Uses `cache` up, unless it is needed `again`.
-    """
-    cache = copy.deepcopy(cache) if again else cache
-    cache.batch_repeat_interleave(len(answers))
-    device = next(model.parameters()).device
-    fed = answers.repeat(n, 1).to(device)
-    predicts = real[:, 1:].repeat(n, 1)
+def _later(model: nn.Module, cache: Any, answers: Tensor, real: Tensor, starts: Tensor) -> Tensor:
+    """Log-likelihood of all but the first token of each of `answers` after the cached prompts: (prompts, answers)."""
+    count, device, length = len(answers), starts.device, cache.get_seq_length()
+    cache.batch_repeat_interleave(count)
+    fed = answers.repeat(len(starts), 1).to(device)
+    predicts = real[:, 1:].repeat(len(starts), 1).to(device)
+    more = {}
+    if _image_positions(model):
+        more["position_ids"] = starts.repeat_interleave(count, 0) + torch.arange(fed.shape[1] - 1, device=device)
     with logits_at(model, predicts):
         logits = model(
             input_ids=fed[:, :-1],
             attention_mask=torch.ones(len(fed), length + fed.shape[1] - 1, dtype=torch.long, device=device),
             past_key_values=cache,
             use_cache=True,
+            **more,
         ).logits
-    targets = fed[:, 1:][predicts.to(device)]
+    targets = fed[:, 1:][predicts]
     picked = -nn.functional.cross_entropy(at_least_float32(logits), targets, reduction="none")
-    owner = predicts.nonzero(as_tuple=True)[0].to(device)
-    sums: Tensor = picked.new_zeros(len(fed)).index_add_(0, owner, picked)
-    return sums.view(n, len(answers))
+    sums: Tensor = picked.new_zeros(len(fed)).index_add_(0, predicts.nonzero(as_tuple=True)[0], picked)
+    return sums.view(-1, count)
+
+
+def _image_positions(model: nn.Module) -> list[nn.Module]:
+    """The modules that count an image's positions in rows and columns (Qwen2-VL and its like)."""
+    return [m for m in model.modules() if hasattr(m, "rope_deltas")]
+
+
+def _positions_after(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The position that follows each prompt of the model's last forward pass, (n, 1).
+
+    Such a model keeps the difference to the number of tokens; after a batch without images it is an older batch's.
+    """
+    ids: Tensor = inputs["input_ids"]
+    starts = torch.full((len(ids), 1), ids.shape[1], device=ids.device)
+    if "mm_token_type_ids" in inputs:
+        for module in _image_positions(model):
+            starts = starts + module.rope_deltas.view(-1, 1).to(ids.device)  # type: ignore[operator]
+    return starts
 
 
 def same_length(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:

@@ -64,7 +64,7 @@ def demo(
     quick: bool = False,
     model: str = "smol",
     train: dict[str, Any] | None = None,
-    quiet: bool = False,
+    silent: bool = False,
     say: Say = print,
 ) -> Demo:
     """Runs the demonstration; an interrupted one goes on, a finished one is shown again.
@@ -75,7 +75,7 @@ def demo(
         quick: tiny sizes, to see that everything works.
         model: the base model.
         train: hyperparameters instead of the demo's own.
-        quiet: no progress bars.
+        silent: no progress bars.
         say: told of each step.
 
     Raises:
@@ -93,7 +93,7 @@ def demo(
     graph = TaskGraph.load(config.graph_path)
     last = graph.levels()[-1][-1]
     say("2. training " + ", then ".join(" + ".join(level) for level in graph.levels()))
-    session = run_training(config, resume=True, evaluate_on="test", before=True, silent=quiet, say=say)
+    session = run_training(config, resume=True, evaluate_on="test", before=True, silent=silent, say=say)
     _measure_if_killed(session, config, folder)
     say(f"3. exporting '{last}' with its prerequisites as one plain PEFT LoRA")
     with folder.phase("export"):

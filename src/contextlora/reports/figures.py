@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 COLOURS = ("#2f6db3", "#d1701f", "#2e8b57", "#8a4fb0", "#b8434e", "#6b7280", "#b08900", "#1f8f96")
 _RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "contextlora", "font.family": "sans-serif", "font.size": 10}
@@ -22,8 +23,11 @@ def loss_curves(losses: Mapping[str, Sequence[float]]) -> str:
         axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(range(1, len(values) + 1), smooth(values), color=colour, linewidth=1.8, label=_plain(task))
     axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda value, _: f"{value:g}"))  # 0.5 rather than 5 x 10^-1
     axes.set_xlabel("update of the task")
     axes.set_ylabel("loss (nats a token)")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
     _bare(axes)
     axes.legend(frameon=False, ncols=4, loc="upper right")
     return _svg(figure)

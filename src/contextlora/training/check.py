@@ -16,14 +16,14 @@ from torch import Tensor
 
 from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Sample, collate
-from contextlora.data.images import check_image
+from contextlora.data.images import check_image, image_hash
 from contextlora.data.records import SPLITS, Example, load_examples
 from contextlora.errors import AdapterError, RunError
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import gated_layers, trainable_groups
 from contextlora.lora.gates import trainable_ranks
-from contextlora.models.inputs import FEATURES
+from contextlora.models.inputs import FEATURES, ImageFeatures
 from contextlora.training.loop import Stage, stages, training_examples
 from contextlora.training.prefix import GROUP, FrozenPrefix
 from contextlora.training.runs import RunFolder
@@ -96,7 +96,7 @@ def check_run(
     for image in images:
         check_image(image)
     say(f"loading {config.model}")
-    session = open_session(config, fresh=tasks is None)
+    session = open_session(config, fresh=tasks is None, exact=True)
     say(f"timing {TIMED_UPDATES} updates and a pass of the frozen prefix")
     probe = _Probe(session, examples, config.train)
     cost = probe.measure(plan[0])
@@ -161,27 +161,23 @@ class _Probe:
         stage = Stage(self.session.reader, self.prefix, list(shown.values()), tasks, config)
         activations = _saved_bytes(self.session.model, lambda: stage.update(0))
         timed = range(1, min(stage.total, TIMED_UPDATES + 1))
-        for k in timed:  # what is computed once only, before the clock
-            for run in stage.runs:
-                for part in run.micro_batches(k) if k < run.total else []:
-                    batch = collate(part, self.session.reader.encoder.pad)
-                    if self.prefix.depth:
-                        self.prefix._hidden(batch, self.session.reader.inputs(batch))
         tokens = sum(len(s) for r in stage.runs for k in timed if k < r.total for b in r.micro_batches(k) for s in b)
-        began = time.perf_counter()
-        for k in timed:
-            stage.update(k)
-        spent = time.perf_counter() - began
+        for _ in range(2):  # the first time includes what is computed once only; the second counts
+            began = time.perf_counter()
+            for k in timed:
+                stage.update(k)
+            spent = time.perf_counter() - began
         return _Cost(image, self._prefix(tasks), spent / max(1, tokens), activations, image_bytes)
 
     def _image(self) -> tuple[float, int]:
         images = [e.image for e in self.examples if e.image is not None][:8]
         if not images:
             return 0.0, 0
-        self.session.reader._compute(images[0])
+        anew = ImageFeatures(self.session.model, self.session.reader.encoder)
+        anew.get(images[0])
         began = time.perf_counter()
-        found = [self.session.reader._compute(image) for image in images]
-        return (time.perf_counter() - began) / len(images), max(f[FEATURES].nbytes for f in found)
+        found = [anew.get(image) for image in images[1:]] or [anew.get(images[0])]
+        return (time.perf_counter() - began) / len(found), max(f[FEATURES].nbytes for f in found)
 
     def _prefix(self, tasks: Sequence[str]) -> float:
         """Seconds a token of one prefix pass over a group of samples."""
@@ -190,8 +186,8 @@ class _Probe:
         group = collate(self.samples(tasks[0])[:GROUP], self.session.reader.encoder.pad)
         inputs = self.session.reader.inputs(group)
         began = time.perf_counter()
-        with torch.no_grad():
-            self.prefix._compute(inputs)
+        with FrozenPrefix(self.session.reader, 0).replay(group, inputs):
+            pass
         return (time.perf_counter() - began) / group.input_ids.numel()
 
 
@@ -250,10 +246,11 @@ def _saved_bytes(model: Any, step: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-def _without_features(session: Session, images: Iterable[Path | None]) -> int:
+def _without_features(session: Session, images: Iterable[Path]) -> int:
     """How many images have no features on disk yet."""
-    reader = session.reader
-    return sum(1 for i in images if i is not None and not ((p := reader._path(i)) is not None and p.exists()))
+    folder = session.reader.folder
+    there = {p.stem for p in folder.glob("*.safetensors")} if folder else set[str]()
+    return len({image_hash(i) for i in images} - there)
 
 
 @torch.no_grad()
@@ -281,7 +278,7 @@ def _warnings(config: RunConfig, folder: RunFolder, memory: dict[str, int]) -> l
     found = []
     if folder.has_adapter:
         found.append(f"{folder.adapter} holds a trained adapter; `train` will ask for --tasks or --force")
-    need = 2 * memory["blocks"] + (memory["frozen weights"] if config.align.epochs else 0)
+    need = 2 * memory["blocks"] + (memory["frozen weights"] if config.align.epochs is not None else 0)
     home = next(p for p in (folder.path, *folder.path.resolve().parents) if p.exists())
     free = shutil.disk_usage(home).free
     if free < 3 * need:

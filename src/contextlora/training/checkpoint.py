@@ -83,7 +83,7 @@ def load_latest(folder: Path, run: str) -> Checkpoint | None:
         if found.run != run:
             raise RunError(
                 "E520",
-                "these checkpoints come from other settings, tasks, data or base; use another `out`, or leave out --resume",
+                "these checkpoints come from other settings, tasks, data or base; use another `out` or no --resume",
                 where=folder,
             )
         return found

@@ -190,14 +190,13 @@ class Stage:
         """One update of every task that still has one; returns the loss of each. Raises RunError E511, E515."""
         runs = [r for r in self.runs if update < r.total]
         losses = self._gradients(runs, update)
-        for task, value in losses.items():
-            if not math.isfinite(value):
-                raise RunError("E515", f"loss of task '{task}' is {value} at update {update}; nothing applied")
         try:
-            for r in runs:
-                r.clip(update)
+            _clip(runs, losses, update)
         except RunError:
-            self._blame(runs, update)
+            for r in runs:  # alone: in a mixed batch 0 x inf spoils the others, and the first would be named
+                for p in (p for other in runs for p in other.parameters):
+                    p.grad = None
+                _clip([r], self._gradients([r], update), update)
             raise
         for r in runs:
             r.step(update)
@@ -213,14 +212,6 @@ class Stage:
             for task, value in self._backward(batch, tokens).items():
                 losses[task] += value
         return losses
-
-    def _blame(self, runs: Sequence[TaskRun], update: int) -> None:
-        """Raises E511 for the task that alone has a non-finite gradient: 0 x inf spoils the others in a mixed batch."""
-        for r in runs:
-            for p in (p for other in runs for p in other.parameters):
-                p.grad = None
-            self._gradients([r], update)
-            r.clip(update)
 
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
         """Adds the gradients of sum over tasks of (sum of its answer tokens' loss / number of them in this update)."""
@@ -255,6 +246,15 @@ def restore_blocks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for path, layer in gated_layers(model).items():
         layer.A.copy_(tensors[f"A|{path}"])
         layer.B.copy_(tensors[f"B|{path}"])
+
+
+def _clip(runs: Sequence[TaskRun], losses: dict[str, float], update: int) -> None:
+    """Clips every task's gradients. Raises RunError E511, E515 where a gradient or loss is not finite."""
+    for task, value in losses.items():
+        if not math.isfinite(value):
+            raise RunError("E515", f"loss of task '{task}' is {value} at update {update}; nothing applied")
+    for r in runs:
+        r.clip(update)
 
 
 def _check_blocks(model: nn.Module, graph: TaskGraph) -> None:

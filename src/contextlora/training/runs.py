@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from contextlora.config import RunConfig
+from contextlora.config import RunConfig, load
 from contextlora.data.records import Example
 from contextlora.errors import AdapterError, RunError
 from contextlora.evaluation.evaluate import Evaluation
@@ -42,6 +42,7 @@ class RunFolder:
         self.adapter, self.base = self.path / "adapter", self.path / "base"
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
         self.config, self.graph = self.path / "config.yaml", self.path / "graph.yaml"
+        self._facts, self._evaluation = self.path / "run.json", self.path / "evaluation.json"
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -53,8 +54,10 @@ class RunFolder:
         except AdapterError:
             return False
 
-    def refuse_a_second_run(self, tasks: Sequence[str] | None, *, resume: bool, force: bool) -> None:
+    def refuse_a_second_run(self, config: RunConfig, tasks: Sequence[str] | None, *, resume: bool, force: bool) -> None:
         """Raises RunError E521 or E522 where training would throw away what is here."""
+        if resume and self.finished(tasks or ()) and load(self.config).train != config.train:
+            raise RunError("E521", "is finished, with other settings; use another `out`, or --force", where=self.path)
         if resume or force:
             return
         if any(self.checkpoints.glob("[0-9]*-[0-9]*")):
@@ -69,9 +72,21 @@ class RunFolder:
         facts = self.facts()
         return self.has_adapter and facts.get("state") == "done" and facts.get("tasks") == list(tasks)
 
-    def begin(self, config: RunConfig, tasks: Sequence[str], *, resume: bool) -> None:
-        """Makes the folder, with copies of configuration and graph that `train FOLDER` can be called with again."""
+    def begin(self, config: RunConfig, tasks: Sequence[str], *, resume: bool, fresh: bool) -> None:
+        """Makes the folder, with copies of configuration and graph that `train FOLDER` can be called with again.
+
+        Args:
+            config: the run.
+            tasks: what it trains.
+            resume: keep what is known of these tasks' training so far.
+            fresh: throw away everything that a run left here.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for folder in (self.adapter, self.checkpoints, *((self.base,) if config.align.epochs is None else ())):
+                shutil.rmtree(folder, ignore_errors=True)
+            for path in (self.metrics, self._facts, self._evaluation):
+                path.unlink(missing_ok=True)
         if not (self.graph.exists() and self.graph.samefile(config.graph_path)):
             shutil.copyfile(config.graph_path, self.graph)
         moved = {"data": str(Path(config.data).resolve()), "graph": self.graph.name, "out": "."}
@@ -80,14 +95,21 @@ class RunFolder:
         text = yaml.safe_dump(config.model_dump(mode="json") | moved, sort_keys=False, allow_unicode=True)
         self.config.write_text(text, encoding="utf-8")
         if not resume:
-            self._forget_losses(tasks)
+            self._forget(tasks)
         self.note(state="running", tasks=list(tasks))
 
-    def _forget_losses(self, tasks: Sequence[str]) -> None:
-        """Drops the updates of `tasks` from metrics.jsonl: they train anew."""
+    def _forget(self, tasks: Sequence[str]) -> None:
+        """Drops losses and accuracies of `tasks`: they train anew."""
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             self.metrics.write_text("".join(x for x in lines if not set(_losses(x)) & set(tasks)), encoding="utf-8")
+        if scores := self.evaluation():
+            for name in ("before", "after"):
+                for task in tasks:
+                    scores.get(name, {}).get("tasks", {}).pop(task, None)
+            for sample in scores.get("samples", []):
+                sample["answers"] = {t: a for t, a in sample["answers"].items() if t not in tasks}
+            _write(self._evaluation, scores)
 
     def losses(self) -> dict[str, list[float]]:
         """The loss of every update, by task. A resumed run repeats some updates; the last record of each counts."""
@@ -102,11 +124,11 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """run.json, or nothing."""
-        return _read(self.path / "run.json")
+        return _read(self._facts)
 
     def note(self, **facts: Any) -> None:
         """Adds to run.json."""
-        _write(self.path / "run.json", self.facts() | facts)
+        _write(self._facts, self.facts() | facts)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -123,7 +145,7 @@ class RunFolder:
 
     def evaluation(self) -> dict[str, Any]:
         """evaluation.json, or nothing."""
-        return _read(self.path / "evaluation.json")
+        return _read(self._evaluation)
 
     def record(
         self,
@@ -144,7 +166,7 @@ class RunFolder:
             shown = asked[:: max(1, len(asked) // SAMPLES)][:SAMPLES]
             before = {s["id"]: s["answers"] for s in data.get("samples", [])}
             data["samples"] = [_sample(e, graph, result, before.get(e.id, {})) for e in shown]
-        _write(self.path / "evaluation.json", data)
+        _write(self._evaluation, data)
 
 
 def majority(task: str, train: Sequence[Example], asked: Sequence[Example]) -> float:

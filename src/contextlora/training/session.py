@@ -59,6 +59,7 @@ def open_session(
     tasks: Sequence[str] | None = None,
     base: str | None = None,
     fresh: bool = False,
+    exact: bool = False,
     device: str | None = None,
 ) -> Session:
     """Loads the base model and puts blocks on it.
@@ -68,6 +69,7 @@ def open_session(
         tasks: of an adapter folder, read these and their prerequisites alone.
         base: name or folder of the base model, where it is not the one that `source` names.
         fresh: leave an adapter in `out` alone and start from first values.
+        exact: refuse an adapter in `out` that was made with other `layers` or `targets` than the configuration's.
         device: where to run; None takes the configuration's, or the CPU.
 
     Raises:
@@ -77,15 +79,17 @@ def open_session(
         config, graph = source, TaskGraph.load(source.graph_path)
         folder = RunFolder(config.out)
         adapter = Adapter.load(folder.adapter).with_graph(graph) if folder.has_adapter and not fresh else None
-        name = base or (str(folder.base) if _is_model(folder.base) else config.model)
+        aligned = config.align.epochs is not None if adapter is None else Path(adapter.base).name == folder.base.name
+        name = base or (str(folder.base) if aligned and _is_model(folder.base) else config.model)
     else:
         home = find_adapter(source)
         adapter = Adapter.load(home, tasks)
         config, graph = _config_beside(home), adapter.graph
         name = base or _base_of(adapter, home)
+    name = str(Path(name).resolve()) if _is_model(Path(name)) else name
     model, processor = load_model(name, dtype=config.dtype, device=device or config.device)
     model.config.name_or_path = name  # what `Adapter.of` calls its base
-    if isinstance(source, RunConfig):  # under its `layers`, so that an adapter made with others is refused
+    if isinstance(source, RunConfig) and (exact or adapter is None):
         attach(model, graph, layers=config.train.layers, targets=config.train.targets, seed=config.train.seed)
     if adapter is not None:
         adapter.apply(model, any_base=base is not None)
@@ -131,7 +135,7 @@ def run_training(
 
     Args:
         config: the run.
-        tasks: which blocks to train; None means all.
+        tasks: which blocks to train; None means all, or with `resume` those of the run that is resumed.
         resume: go on from the newest checkpoint, bit-exactly; a run that has ended is left as it is.
         force: throw away an interrupted run, and with `tasks` None the adapter too.
         evaluate_on: a split to measure accuracy on afterwards; kept in the adapter and in evaluation.json.
@@ -143,19 +147,20 @@ def run_training(
         RunError: E521 if a finished run would be overwritten, E522 an interrupted one; as `train`.
     """
     graph, folder = TaskGraph.load(config.graph_path), RunFolder(config.out)
-    named = None if tasks is None else list(tasks)
+    named = list(tasks) if tasks is not None else folder.facts().get("tasks") if resume else None
     wanted = _wanted(graph, named, folder)
-    folder.refuse_a_second_run(named, resume=resume, force=force)
+    folder.refuse_a_second_run(config, named, resume=resume, force=force)
     if resume and folder.finished(wanted):
         say("this run is finished; nothing to resume")
         return open_session(config)
     _writable(config)
     training_examples(config.data, graph, config.train)  # its faults before the model is loaded
-    folder.begin(config, wanted, resume=resume)
+    fresh = force and named is None
     with folder.phase("load and align"):
-        fresh = force and named is None
-        _align(config, graph, folder, again=not resume and (fresh or not folder.has_adapter), say=say)
-        session = open_session(config, fresh=fresh)
+        if fresh or not folder.has_adapter:
+            _align(config, graph, folder, again=not resume, say=say)
+        session = open_session(config, fresh=fresh, exact=True)
+        folder.begin(config, wanted, resume=resume, fresh=fresh)  # only now is anything thrown away
     _say_what_is_untrained(session, wanted, say)
     for layer in gated_layers(session.model).values():
         for task in wanted:
@@ -281,13 +286,13 @@ def _writable(config: RunConfig) -> None:
 
 def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: bool, say: Say) -> None:
     """The projector's own stage, before the tasks; its result is a base model of this run's own."""
-    if not config.align.epochs or (_is_model(folder.base) and not again):
+    if config.align.epochs is None or (_is_model(folder.base) and not again):
         return
     say(f"aligning the projector of {config.model}")
     model, processor = load_model(config.model, dtype=config.dtype, device=config.device)
     a = config.align
     examples = training_examples(config.data, graph, config.train)
-    align(model, processor, examples, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, seed=config.train.seed)
+    align(model, processor, examples, epochs=config.align.epochs, batch_size=a.batch_size, lr=a.lr, seed=config.train.seed)
     part = folder.path / ".base.part"
     shutil.rmtree(part, ignore_errors=True)
     with quiet():

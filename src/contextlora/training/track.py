@@ -79,19 +79,19 @@ class _TensorBoard:
     def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call, unused-ignore]
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         for name, value in _numbers(values).items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call, unused-ignore]
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class _WandB:
     def __init__(self, folder: Path):
-        import wandb
+        import wandb  # type: ignore[import-not-found, unused-ignore]
 
         self._run = wandb.init(project="contextlora", dir=str(folder))
 

@@ -25,7 +25,7 @@ _OVERALLS: tuple[Colour, ...] = (
     (80, 130, 160),
 )
 _HAIR: tuple[Colour, ...] = ((30, 25, 22), (66, 44, 28), (90, 58, 34))
-_VESTS: tuple[Colour | None, ...] = (None, None, (70, 120, 190), (110, 120, 124), (84, 130, 90))
+_VESTS: tuple[Colour, ...] = ((206, 224, 60), (244, 124, 40))
 _STEEL: tuple[Colour, ...] = ((120, 128, 136), (96, 110, 122), (146, 140, 130), (88, 104, 96))
 
 
@@ -37,13 +37,13 @@ def paint(rng: Generator, f: dict[str, Any]) -> Image.Image:
     lots = [0.0, 1.0, 2.0] if len(f["activities"]) == 2 else [*rng.permutation(3).astype(float)]
     lots = [lots[i] for i in rng.permutation(3)]
     spots = [60 + 68 * s + rng.uniform(-7, 7) for s in lots]
-    workers = 3 if len(f["activities"]) == 2 else int(rng.integers(2, 4))
+    workers = 3 if rng.random() < 0.3 else 2
     crew = _crew(rng, f["helmets"], workers)
     for activity, x in zip(f["activities"], spots, strict=False):
         _WORK[activity](c, rng, x, floor, crew.pop())
     for x, look in zip(spots[len(f["activities"]) :], crew, strict=False):
         y = floor + rng.uniform(66, 88)
-        person(c, x, y, rng.uniform(100, 122), look, lean=rng.uniform(-0.05, 0.05), reach=rng.uniform(-0.6, 0.6))
+        person(c, x, y, rng.uniform(104, 124), look, lean=rng.uniform(-0.05, 0.05), reach=rng.uniform(-0.6, 0.6))
     _foreground(c, rng)
     level = rng.uniform(0.82, 1.06)
     c.dim([level * k for k in pick(rng, ((1, 1, 1), (1, 0.96, 0.86), (0.9, 0.97, 1)))])
@@ -57,17 +57,12 @@ def _crew(rng: Generator, helmets: str, count: int) -> list[Look]:
     worn = {"all workers": count, "some workers": int(rng.integers(1, count)), "nobody": 0}[helmets]
     crew = []
     for k in rng.permutation(count):
-        helmet = vary(rng, pick(rng, _HELMET_COLOURS), 8) if k < worn else None
-        crew.append(
-            Look.of(
-                rng,
-                tops=_OVERALLS,
-                helmet=helmet,
-                vest=pick(rng, _VESTS),
-                head=0.14,
-                hair=vary(rng, pick(rng, _HAIR), 8),
-            )
-        )
+        worn_by = bool(k < worn)
+        helmet = vary(rng, pick(rng, _HELMET_COLOURS), 8) if worn_by else None
+        # who cares for a helmet mostly wears a vest as well, but not always, and now and then it is the other way round
+        vest = pick(rng, _VESTS) if rng.random() < (0.85 if worn_by else 0.1) else None
+        hair = vary(rng, pick(rng, _HAIR), 8)
+        crew.append(Look.of(rng, tops=_OVERALLS, helmet=helmet, vest=vest, head=0.14, hair=hair))
     return crew
 
 

@@ -127,7 +127,7 @@ def _roadway(c: Canvas, rng: Generator, f: dict[str, Any], v: _View) -> None:
     steps = [i / 12 for i in range(13)]
     asphalt = vary(rng, pick(rng, ((118, 116, 114), (98, 98, 102), (136, 130, 122))), 10)
     if wet:
-        asphalt = shade(asphalt, 0.56)
+        asphalt = shade(asphalt, 0.5)
     for width, colour in ((1.34, vary(rng, (168, 160, 150), 12)), (1.0, asphalt)):
         c.poly([v.at(-width, t) for t in steps] + [v.at(width, t) for t in reversed(steps)], colour)
     paint_ = vary(rng, pick(rng, ((232, 232, 226), (232, 232, 226), (226, 196, 90))), 8)
@@ -164,14 +164,14 @@ def _roadway(c: Canvas, rng: Generator, f: dict[str, Any], v: _View) -> None:
 def _wet(c: Canvas, rng: Generator, f: dict[str, Any], v: _View) -> None:
     sky = mix(_SKY[f["light"], f["weather"] == "clear"][1], (255, 255, 255), 0.25)
     for t in (0.2, 0.4, 0.6):  # the sheen
-        c.poly([v.at(-1, t), v.at(1, t), v.at(1, 1), v.at(-1, 1)], (*sky, 24))
+        c.poly([v.at(-1, t), v.at(1, t), v.at(1, 1), v.at(-1, 1)], (*sky, 34))
     for _ in range(int(rng.integers(10, 18))):  # upright reflections
         x, y = v.at(rng.uniform(-0.9, 0.9), rng.uniform(0.1, 0.7))
         c.box(x, y, rng.uniform(3, 11), rng.uniform(20, 76), (*sky, int(rng.integers(50, 100))), 2)
     for _ in range(int(rng.integers(6, 11))):
         t = rng.uniform(0.1, 0.94) ** 0.5  # mostly near
         x, y = v.at(rng.uniform(-0.9, 0.9), t)
-        r = rng.uniform(24, 50) * t
+        r = rng.uniform(28, 58) * t
         c.oval(x, y, r, 0.32 * r, (*sky, 205))
         c.oval(x + 0.2 * r, y + 0.06 * r, 0.55 * r, 0.14 * r, (255, 255, 255, 70))
 
@@ -196,10 +196,10 @@ def _broken(c: Canvas, rng: Generator, asphalt: Colour, v: _View) -> None:
 
 def _house(c: Canvas, rng: Generator, colour: str, v: _View, lights: list[_Light]) -> None:
     x, y = v.at(-rng.uniform(2.2, 2.7), 0.28)
-    x, w, h = max(x, rng.uniform(16, 30)) - 24, rng.uniform(46, 62), rng.uniform(34, 46)
+    x, w, h = max(x - 24, rng.uniform(8, 20)), rng.uniform(60, 72), rng.uniform(46, 58)
     wall = vary(rng, _HOUSES[colour], 14)
     c.box(x, y - h, w, h, wall)
-    roof = vary(rng, pick(rng, ((92, 70, 62), (74, 76, 84), (120, 88, 70))))
+    roof = shade(wall, rng.uniform(0.55, 0.8))
     c.poly([(x - 5, y - h), (x + w + 5, y - h), (x + w * 0.72, y - h * 1.5), (x + w * 0.28, y - h * 1.5)], roof)
     for i in range(3):
         c.box(x + (0.12 + 0.3 * i) * w, y - 0.78 * h, 0.16 * w, 0.26 * h, (74, 86, 100))
@@ -210,7 +210,7 @@ def _house(c: Canvas, rng: Generator, colour: str, v: _View, lights: list[_Light
 
 def _sign(c: Canvas, rng: Generator, shape: str, v: _View) -> None:
     x, y = v.at(rng.uniform(1.22, 1.4), rng.uniform(0.4, 0.5))
-    x, r, top = min(x, 226), rng.uniform(15, 19), y - rng.uniform(56, 68)
+    x, r, top = min(x, 226), rng.uniform(18, 22), y - rng.uniform(56, 68)
     c.line([(x, y), (x, top)], (122, 124, 128), 2.4)
     rim, face = pick(
         rng, (((196, 34, 36), (240, 238, 232)), ((36, 76, 160), (230, 236, 244)), ((40, 40, 40), (240, 200, 56)))
@@ -257,11 +257,12 @@ def _traffic(rng: Generator, kind: str, v: _View, closed: int, lights: list[_Lig
     """The vehicles on the road; their lamps are added to `lights`."""
     lanes = [u for u in (-0.66, 0.0, 0.66) if u * closed <= 0]
     spots: list[tuple[float, float]] = []
-    if kind == "light traffic":  # one car near, one or two farther off
-        gaps = [rng.uniform(0.54, 0.66), *rng.uniform(0.32, 0.48, int(rng.integers(1, 3)))]
-        spots = [(pick(rng, lanes), float(t)) for t in gaps]
+    if kind == "light traffic":  # two cars near, side by side or nearly, at most one farther off
+        near = rng.permutation(len(lanes))[:2]
+        spots = [(lanes[i], rng.uniform(0.47, 0.65)) for i in near]
+        spots += [(pick(rng, lanes), rng.uniform(0.28, 0.4)) for _ in range(int(rng.integers(0, 2)))]
     elif kind == "heavy traffic":
-        depths = (0.16, 0.23, 0.32, 0.43, 0.57)  # the nearest stretch of road stays in view
+        depths = (0.17, 0.24, 0.34, 0.46, 0.6)  # the nearest stretch of road stays in view
         spots = [(u, t * rng.uniform(0.9, 1.1)) for u in lanes for t in depths if rng.random() < 0.88]
     elif kind == "stopped truck":
         spots = [(pick(rng, lanes), rng.uniform(0.2, 0.3)) for _ in range(int(rng.integers(0, 2)))]
@@ -276,7 +277,7 @@ def _traffic(rng: Generator, kind: str, v: _View, closed: int, lights: list[_Lig
         t = rng.uniform(0.5, 0.66)
         x, y = v.at(pick(rng, lanes) * 0.9, t)
         colour = vary(rng, pick(rng, PAINTS))
-        things.append((t, partial(_truck, x=x, y=y, w=96 * t, colour=colour)))
+        things.append((t, partial(_truck, x=x, y=y, w=104 * t, colour=colour)))
         lights += [(x + s * 38 * t, y - 16 * t, 24 * t, (255, 150, 30)) for s in (-1, 1)]
     return things
 
