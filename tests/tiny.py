@@ -26,7 +26,8 @@ WORDS += ["down", "very", "fast", ",", ":", ";", ".", "?", "Known", "Question", 
 WORDS += ["USER", "BOT", "left", "right", "both"]
 PAD, BOS, END, IMAGE = range(4)
 TEMPLATE = (
-    "{% for m in messages %}USER: {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% for m in messages %}USER: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}MARK{% else %}{{ c['text'] }}{% endif %} {% endfor %}{% endif %}{% endfor %} BOT:"
 )
 COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30), (220, 30, 220), (30, 220, 220)]

@@ -440,12 +440,14 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for name in rows[0] if rows else ():
         table.add_column(name)
     for row in rows:
         table.add_row(*(Text(str(v)) for v in row.values()))
-    Console().print(table)
+    console = Console()
+    console.print(Text(title, style="bold"))
+    console.print(table)
 
 
 main: Callable[[], Any] = app

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from contextlora.errors import ConfigError
 from contextlora.strict import Strict, parse_yaml, read_yaml, validate
 
-Share = Annotated[float, Field(ge=0, le=1, strict=False)]
-Positive = Annotated[float, Field(gt=0, strict=False)]
+
+def _exponent(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4, without a dot, as text; everything else stays what it is."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+
+
+Number = Annotated[float, BeforeValidator(_exponent)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
 
 
 class AlignConfig(Strict):
@@ -23,7 +32,7 @@ class AlignConfig(Strict):
             the answers' words, which is most of the effect in a fraction of the time.
     """
 
-    epochs: Annotated[float, Field(ge=0, le=100, strict=False)] | None = None
+    epochs: Annotated[Number, Field(ge=0, le=100)] | None = None
     lr: Positive = 2e-4
     batch_size: Annotated[int, Field(ge=1)] = 16
 
@@ -53,8 +62,8 @@ class TrainConfig(Strict):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
     lr: Positive = 2e-4
     warmup_ratio: Share = 0.03
-    weight_decay: Annotated[float, Field(ge=0, strict=False)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0, strict=False)] = 1.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
     schedule: Literal["level", "sequential"] = "level"
     frozen_ratio: Share | None = None
@@ -63,7 +72,7 @@ class TrainConfig(Strict):
     targets: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     label_noise: Share = 0.0
     max_train: Annotated[int, Field(ge=1)] | None = None
-    prefix_cache_gb: Annotated[float, Field(ge=0, strict=False)] = 2.0
+    prefix_cache_gb: NotNegative = 2.0
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     activation_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

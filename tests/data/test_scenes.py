@@ -21,7 +21,7 @@ from contextlora.graph import TaskGraph
 SCENES = {"iov": iov, "factory": factory, "city": city}
 SHAPES = {
     "iov": {"vehicles": (), "weather": (), "road": (), "strategy": ("vehicles", "weather", "road")},
-    "iov-weak": {"house": (), "sign": (), "road": (), "strategy": ("house", "sign", "road")},
+    "iov-weak": {"light": (), "sign": (), "road": (), "strategy": ("light", "sign", "road")},
     "factory": {"helmets": (), "activities": (), "risk": ("helmets", "activities"), "response": ("risk",)},
     "city": {"place": (), "event": (), "density": (), "response": ("event", "density")},
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from contextlora.config import TrainConfig
 from contextlora.lora.attach import attach, gated_layers
 from contextlora.training.loop import train

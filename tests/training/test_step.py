@@ -24,9 +24,7 @@ def run_of(count=20, **config):
     return TaskRun("t", samples, parameters, TrainConfig(**config))
 
 
-@given(
-    st.integers(1, 60), st.integers(1, 5), st.floats(0, 1), st.integers(1, 8), st.integers(1, 4), st.floats(1e-6, 1)
-)
+@given(st.integers(1, 60), st.integers(1, 5), st.floats(0, 1), st.integers(1, 8), st.integers(1, 4), st.floats(1e-6, 1))
 def test_warm_up_and_cosine_equal_transformers(count, epochs, ratio, batch, accumulate, lr):
     """The cosine is transformers'. The warm-up is one step ahead of it: its first update has rate 0 and is wasted."""
     run = run_of(count, epochs=epochs, warmup_ratio=ratio, batch_size=batch, accumulate=accumulate, lr=lr)
@@ -76,7 +74,7 @@ def test_a_non_finite_gradient_is_refused(value, limit):
     run = run_of(max_grad_norm=limit)
     before = [p.detach().clone() for p in run.parameters]
     run.parameters[1].grad = torch.tensor([0.0, value])
-    with pytest.raises(RunError, match="E511 gradient of task 't' is (nan|inf) at update 7"):
+    with pytest.raises(RunError, match=r"E511 gradient of task 't' is (nan|inf) at update 7"):
         run.clip(7)
     assert all(torch.equal(p, b) for p, b in zip(run.parameters, before, strict=True))
 

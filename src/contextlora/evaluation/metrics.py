@@ -55,4 +55,4 @@ class Accuracy:
         p, z = sum(scores) / n, 1.959964
         centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-        return cls(p, max(0.0, low), min(1.0, high), n)
+        return cls(p, min(p, max(0.0, low)), max(p, min(1.0, high)), n)  # p = 1 rounds to a bound just below it

@@ -102,16 +102,16 @@ def check_run(
     cost = probe.measure(plan[0])
     updates = [_stage(probe, names, cost) for names in plan]
     new_images = _without_features(session, images)
-    prefix_tokens = probe.prefix_tokens(plan)
+    prefix_tokens = [probe.prefix_tokens(names) for names in plan]
     seconds = {
         "image features": cost.image * new_images,
-        "frozen prefix": cost.prefix * prefix_tokens,
+        "frozen prefix": cost.prefix * sum(prefix_tokens),
         "updates": sum(u["seconds"] for u in updates),
     }
     memory = {
         **_weights(session, plan, config.train),
         "activations of a step": cost.activations,
-        "prefix cache": min(int(config.train.prefix_cache_gb * 2**30), probe.token_bytes * prefix_tokens),
+        "prefix cache": min(int(config.train.prefix_cache_gb * 2**30), probe.token_bytes * max(prefix_tokens)),
         "image features": cost.image_bytes * len(images),
     }
     exported = _try_export(session, graph)
@@ -148,9 +148,9 @@ class _Probe:
             self._samples[task] = [encode(e, task, answer=e.answers[task]) for e in mine]
         return self._samples[task]
 
-    def prefix_tokens(self, plan: Sequence[Sequence[str]]) -> int:
-        """Tokens that pass the layers below the lowest block once."""
-        return sum(len(s) for names in plan for t in names for s in self.samples(t)) if self.prefix.depth else 0
+    def prefix_tokens(self, tasks: Sequence[str]) -> int:
+        """Tokens of one stage that pass the layers below the lowest block once, and are kept while it trains."""
+        return sum(len(s) for t in tasks for s in self.samples(t)) if self.prefix.depth else 0
 
     def measure(self, tasks: Sequence[str]) -> _Cost:
         """Two real updates of one stage, after one that warms up; the blocks are changed by it."""

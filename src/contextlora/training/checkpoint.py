@@ -105,7 +105,7 @@ def _read(path: Path) -> Checkpoint | None:
         given = {t: {i: tuple(a) for i, a in found.items()} for t, found in head["given"].items()}
         tensors = load_file(path / "tensors.safetensors")
         return Checkpoint(head["stage"], head["update"], head["run"], tensors, given)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
 
 

@@ -292,7 +292,9 @@ def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: boo
     model, processor = load_model(config.model, dtype=config.dtype, device=config.device)
     a = config.align
     examples = training_examples(config.data, graph, config.train)
-    align(model, processor, examples, epochs=config.align.epochs, batch_size=a.batch_size, lr=a.lr, seed=config.train.seed)
+    align(
+        model, processor, examples, epochs=config.align.epochs, batch_size=a.batch_size, lr=a.lr, seed=config.train.seed
+    )
     part = folder.path / ".base.part"
     shutil.rmtree(part, ignore_errors=True)
     with quiet():

@@ -22,7 +22,7 @@ from contextlora.data.scenes import city, city_picture, factory, factory_picture
 from contextlora.errors import DataError, did_you_mean
 from contextlora.graph import Task, TaskGraph
 
-VERSION = 4  # of the drawing: raise it with every change that alters a picture or a key
+VERSION = 5  # of the drawing: raise it with every change that alters a picture or a key
 _STAMP = "scenario.json"
 
 Facts = dict[str, Any]

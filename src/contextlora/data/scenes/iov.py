@@ -18,7 +18,6 @@ WEATHER = ("clear", "rain", "snow", "fog")
 ROAD = ("normal", "wet", "broken", "narrowed")
 LIGHT = ("daylight", "dusk", "night")
 PEDESTRIANS = ("nobody", "at the roadside", "crossing")
-HOUSE = ("red", "blue", "yellow", "white")
 SIGN = ("triangle", "circle", "square")
 
 # Driving strategy by vehicles and weather (rows) and road (columns; a narrowed road outweighs its surface).
@@ -107,10 +106,10 @@ _EIGHT = {
 }
 # Vehicles and weather still decide the strategy, but the graph only offers it two questions that hardly do.
 _WEAK = {
-    "house": Task(question="What colour is the house by the road?", options=HOUSE),
+    "light": _SIX["light"],
     "sign": Task(question="What shape is the road sign?", options=SIGN),
     "road": _ROOTS["road"],
-    "strategy": _strategy_task("house", "sign", "road"),
+    "strategy": _strategy_task("light", "sign", "road"),
 }
 TASKS: dict[str, dict[str, Task]] = {
     "iov": {**_ROOTS, **_STRATEGY},
@@ -130,7 +129,6 @@ def facts(rng: Generator) -> dict[str, Any]:
         "road": road,
         "light": pick(rng, LIGHT, (0.42, 0.26, 0.32)),
         "pedestrians": pick(rng, PEDESTRIANS, (0.36, 0.32, 0.32)),
-        "house": pick(rng, HOUSE),
         # a narrowed road is announced a little more often by a triangle: the weak relation of iov-weak
         "sign": pick(rng, SIGN, (0.46, 0.27, 0.27) if narrowed else (0.3, 0.35, 0.35)),
     }
@@ -139,7 +137,7 @@ def facts(rng: Generator) -> dict[str, Any]:
 def answers(f: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """The key to every question a variant may ask."""
     plan = strategy(f["vehicles"], f["weather"], tuple(f["road"]))
-    roots = {name: (f[name],) for name in ("vehicles", "weather", "light", "pedestrians", "house", "sign")}
+    roots = {name: (f[name],) for name in ("vehicles", "weather", "light", "pedestrians", "sign")}
     return {
         **roots,
         "road": tuple(f["road"]),

@@ -35,12 +35,7 @@ _SKY: dict[tuple[str, bool], tuple[Colour, Colour]] = {  # light, clear sky: top
     ("night", False): ((44, 48, 60), (84, 88, 100)),
 }
 _DIM = {"daylight": (1.0, 1.0, 1.0), "dusk": (0.84, 0.74, 0.72), "night": (0.56, 0.58, 0.7)}
-_HOUSES: dict[str, Colour] = {
-    "red": (178, 52, 44),
-    "blue": (62, 104, 182),
-    "yellow": (232, 192, 72),
-    "white": (238, 236, 230),
-}
+_HOUSES: tuple[Colour, ...] = ((178, 52, 44), (62, 104, 182), (232, 192, 72), (238, 236, 230), (120, 130, 110))
 
 
 _Light = tuple[float, float, float, Colour]  # x, y, radius, colour
@@ -74,7 +69,7 @@ def paint(rng: Generator, f: dict[str, Any]) -> Image.Image:
     )
     _surroundings(c, rng, f, view)
     _roadway(c, rng, f, view)
-    _house(c, rng, f["house"], view, lights)
+    _house(c, rng, view, lights)
     closed = _narrow(c, rng, view, lights) if "narrowed" in f["road"] else 0
     _sign(c, rng, f["sign"], view)
     things = [*_traffic(rng, f["vehicles"], view, closed, lights), *_walkers(rng, f["pedestrians"], view)]
@@ -194,10 +189,10 @@ def _broken(c: Canvas, rng: Generator, asphalt: Colour, v: _View) -> None:
         c.line(crack, shade(asphalt, 0.45), 0.6 + 1.6 * t)
 
 
-def _house(c: Canvas, rng: Generator, colour: str, v: _View, lights: list[_Light]) -> None:
+def _house(c: Canvas, rng: Generator, v: _View, lights: list[_Light]) -> None:
     x, y = v.at(-rng.uniform(2.2, 2.7), 0.28)
     x, w, h = max(x - 24, rng.uniform(8, 20)), rng.uniform(60, 72), rng.uniform(46, 58)
-    wall = vary(rng, _HOUSES[colour], 14)
+    wall = vary(rng, pick(rng, _HOUSES), 14)
     c.box(x, y - h, w, h, wall)
     roof = shade(wall, rng.uniform(0.55, 0.8))
     c.poly([(x - 5, y - h), (x + w + 5, y - h), (x + w * 0.72, y - h * 1.5), (x + w * 0.28, y - h * 1.5)], roof)
@@ -233,7 +228,7 @@ def _narrow(c: Canvas, rng: Generator, v: _View, lights: list[_Light]) -> int:
     for i in range(5):
         t = start + 0.12 * i
         x, y = v.at(side * (0.34 + 0.05 * i), t)
-        w, h = 58 * t, 23 * t
+        w, h = 68 * t, 28 * t
         c.box(x - w / 2, y - 1.9 * h, w, h, (240, 238, 234))
         for k in range(4):
             a = x - w / 2 + k * w / 4
