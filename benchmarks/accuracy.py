@@ -51,17 +51,18 @@ def main() -> None:
     print(f"trained after {trained:.0f} s", flush=True)
     result = evaluate(model, processor, graph, data=args.data, split=args.split, features=reader)
     probes = probe(args.data, args.split)
-    rows = [
-        {"task": t, "majority": probes[t]["majority"], "probe": probes[t]["probe"], "accuracy": a.mean, "low": a.low, "high": a.high}
-        for t, a in result.accuracy.items()
-    ]
+    rows = []
     print(f"{'task':14s} {'majority':>8s} {'probe':>6s} {'model':>6s}  95 % interval")
-    for r in rows:
-        print(f"{r['task']:14s} {r['majority']:8.3f} {r['probe']:6.3f} {r['accuracy']:6.3f}  {r['low']:.3f} to {r['high']:.3f}")
+    for task, a in result.accuracy.items():
+        majority, linear = (float(probes[task][k]) for k in ("majority", "probe"))
+        rows.append({"task": task, "majority": majority, "probe": linear, **vars(a)})
+        print(f"{task:14s} {majority:8.3f} {linear:6.3f} {a.mean:6.3f}  {a.low:.3f} to {a.high:.3f}")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{trained:.0f} s to train, peak {memory:.1f} GiB, {torch.get_num_threads()} threads, {config.model_dump_json()}")
+    print(f"{trained:.0f} s to train, peak {memory:.1f} GiB, {torch.get_num_threads()} threads")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "accuracy.json").write_text(json.dumps({"data": args.data.name, "seconds": trained, "rows": rows}, indent=1))
+    (args.out / "accuracy.json").write_text(
+        json.dumps({"data": args.data.name, "seconds": trained, "rows": rows}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python benchmarks/step.py [--rounds 5] [--samples 16] [--tokens 36] [--layers "top 1/3"] [--device cpu] [--json]
 
-Every contender does the same work on the same random tokens: forward, backward and AdamW on LoRA weights of all language
-linears, cross-entropy on the last four tokens of each sample. They take turns, round after round, so that a machine
+Every contender does the same work on the same random tokens: forward, backward and AdamW on LoRA weights of all
+language linears, cross-entropy on the last four tokens of each sample. They take turns, round after round, so that a machine
 whose speed drifts slows all of them; the ratio to PEFT is taken within a round.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from contextlora.data.collate import Encoder, Sample, collate
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import attach, trainable_parameters
@@ -75,7 +76,9 @@ def peft(args: argparse.Namespace, rank: int) -> Step:
     base.get_decoder().set_attn_implementation("sdpa")
     targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0, fused=True
+    )
     pad = Encoder(processor, four_tasks()).pad
     batch = collate(sampled(args.samples, args.tokens, ["a"]), pad)
     ids, mask = batch.input_ids.to(args.device), batch.attention_mask.to(args.device)
@@ -164,7 +167,9 @@ def main() -> None:
         rows.append({"contender": name, "tokens_per_s": round(speed, 1), "x_peft": round(ratio, 2)})
         print(f"{name:48s} {speed:8.0f} tokens/s   {ratio:5.2f} x PEFT r=32")
     if args.json:
-        args.json.write_text(json.dumps({"device": args.device, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"device": args.device, "threads": torch.get_num_threads(), "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader without aliases, tags and duplicate keys, where only `true` and `false` are booleans (YAML 1.2)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # an alias bomb is small on disk and huge once walked
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
-        if getattr(event := self.peek_event(), "tag", None):  # `!!int ""` crashes the constructor
-            raise yaml.MarkedYAMLError(problem="tags are not allowed", problem_mark=event.start_mark)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):  # an alias bomb is small on disk and huge once walked
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        if getattr(event, "tag", None):  # `!!int ""` crashes the constructor
+            raise yaml.MarkedYAMLError(problem="tags are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import tiny
 
 HERE = Path(__file__).parent
@@ -27,25 +28,18 @@ def run_script(folder: Path, kills: int, seed: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(report: dict, inside: int, outside: int) -> None:
-    assert report["wrong"] == 0, report
-    assert report["runs"] >= 1
-    assert report["inside"] >= inside, report
-    assert report["inside"] + report["outside"] >= inside + outside, report
-
-
-def test_a_few_kills(tmp_path):
+def test_three_kills_two_of_them_inside_a_save(tmp_path):
     report = run_script(tmp_path, 3, seed=1)
-    check(report, 3, 0)
+    assert (report["inside"], report["outside"], report["wrong"]) == (2, 1, 0), report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_twenty_kills(tmp_path, seed):
-    """Seven within a save (each place once) and thirteen at random moments; runs that end before a kill do not count."""
+    """Five within a save, two around the saving of the adapter, thirteen at random moments."""
     report = run_script(tmp_path, 20, seed=seed)
-    check(report, 7, 8)
-    assert all(report["by point"].values()), report
+    assert (report["inside"], report["outside"], report["wrong"]) == (7, 13, 0), report
+    assert set(report["by point"].values()) == {1}
 
 
 def test_ctrl_c_on_a_process_leaves_a_resumable_run(tmp_path):

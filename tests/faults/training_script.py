@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import tiny
 import torch
 
+import tiny
 from contextlora.config import TrainConfig
 from contextlora.lora import adapter
 from contextlora.training import checkpoint
@@ -143,30 +143,28 @@ def main(folder: Path, kills: int, seed: int) -> None:
     os.waitpid(spawn(folder / "straight", None, 0, ready), 0)
     duration = time.monotonic() - began
     expected = digest(folder / "straight")
-    report = {"inside": 0, "outside": 0, "runs": 0, "wrong": 0, "by point": dict.fromkeys(POINTS, 0)}
-    points = [*POINTS, *[None] * kills][:kills] if kills < len(POINTS) else POINTS + [None] * (kills - len(POINTS))
-    rng.shuffle(points)
+    places = POINTS if kills > len(POINTS) else ["half a file", "before rename"]
+    todo: list[str | None] = [*places, *[None] * (kills - len(places))]
+    rng.shuffle(todo)
+    report = {"inside": 0, "outside": 0, "runs": 0, "wrong": 0, "by point": dict.fromkeys(places, 0)}
     out = folder / "run"
-    while points or out.exists():
-        point = points.pop() if points else None
-        last = point is None and not points
+    while True:
         ready.unlink(missing_ok=True)
-        pid = spawn(out, point, rng.randrange(2) if point not in ("adapter", "clear") else 0, ready)
-        ended = await_end(pid, ready, 60 if point or last else rng.uniform(0, duration))
-        if not ended:
+        point, skip = (todo[-1], rng.randrange(2)) if todo else (None, 0)
+        pid = spawn(out, point, skip if point not in ("adapter", "clear") else 0, ready)
+        if not await_end(pid, ready, 60 if point or not todo else rng.uniform(0, duration)):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            report["inside" if ready.exists() else "outside"] += 1
-            if ready.exists():
+            todo.pop()
+            report["inside" if point else "outside"] += 1
+            if point:
                 report["by point"][point] += 1
             continue
-        if point:  # it came to its end before its point: try again in the next run
-            points.insert(0, point)
-        report["runs"] += 1
+        report["runs"] += 1  # it came to its end, before the kill or because there is none left
         report["wrong"] += digest(out) != expected
-        shutil.rmtree(out)
-        if last:
+        if not todo:
             break
+        shutil.rmtree(out)
     print(json.dumps({**report, "seconds": round(duration, 2)}))
 
 

@@ -47,6 +47,7 @@ def load_model(
             model, processor = _from_pretrained(str(name), kind, place)
     _set_pad(model, getattr(processor, "tokenizer", processor))
     model.eval().requires_grad_(False)
+    model.config.name_or_path = str(name)  # what an adapter calls its base
     stamp(model)
     return model, processor
 

@@ -88,7 +88,6 @@ def open_session(
         name = base or _base_of(adapter, home)
     name = str(Path(name).resolve()) if _is_model(Path(name)) else name
     model, processor = load_model(name, dtype=config.dtype, device=device or config.device)
-    model.config.name_or_path = name  # what `Adapter.of` calls its base
     if isinstance(source, RunConfig) and (exact or adapter is None):
         attach(model, graph, layers=config.train.layers, targets=config.train.targets, seed=config.train.seed)
     if adapter is not None:
