@@ -3,8 +3,8 @@
 python benchmarks/step.py [--rounds 5] [--samples 16] [--tokens 36] [--layers "top 1/3"] [--device cpu] [--json]
 
 Every contender does the same work on the same random tokens: forward, backward and AdamW on LoRA weights of all
-language linears, cross-entropy on the last four tokens of each sample. They take turns, round after round, so that a machine
-whose speed drifts slows all of them; the ratio to PEFT is taken within a round.
+language linears, cross-entropy on the last four tokens of each sample. They take turns, round after round, so that a
+machine whose speed drifts slows all of them; the ratio to PEFT is taken within a round.
 """
 
 from __future__ import annotations

@@ -368,9 +368,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("at", [(0, 4), (1, 0), (1, 3)])
-def test_resume_is_bit_exact(runs, words, tmp_path, settings, at):
+CASES = [(name, at) for name in SETTINGS for at in ((0, 4), (1, 3))] + [("plain", (1, 0)), ("prefix", (1, 0))]
+
+
+@pytest.mark.parametrize(("name", "at"), CASES)
+def test_resume_is_bit_exact(runs, words, tmp_path, name, at):
+    settings = SETTINGS[name]
     layers = settings.get("layers", "all")
     start = {"dtype": torch.float32, "layers": layers, "fill": 0.1}
     how = {**settings, "checkpoint_every": 2}
