@@ -91,7 +91,7 @@ def test_scoring_in_parts_and_without_an_image_after_one(family, folders, monkey
     from dataclasses import replace
 
     model, _processor, data, reader = prepared(family, folders)
-    example = load_examples(data, graph(), split="test")[0]
+    example = load_examples(data, graph(), split="test")[2]
     candidates = option_sets(graph(), "action")
     answer(reader, [example], "action")
     blind = replace(example, image=None)

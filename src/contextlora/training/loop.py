@@ -81,8 +81,6 @@ def train(
     start = checkpoint.load_latest(folder, run) if resume else None
     if start is None:
         checkpoint.clear(folder)
-    else:
-        restore_blocks(model, start.tensors)  # before the first stage is built: it may ask its prerequisites
     with (
         tracker or Tracker(Path(out)) as watch,
         _learning_ends(model),
@@ -233,19 +231,14 @@ class Stage:
         blocks = {f"{side}|{path}": getattr(layer, side) for path, layer in layers.items() for side in "AB"}
         return blocks | {name: value for run in self.runs for name, value in run.state().items()}
 
+    @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
-        restore_blocks(self.model, tensors)
+        for path, layer in gated_layers(self.model).items():
+            layer.A.copy_(tensors[f"A|{path}"])
+            layer.B.copy_(tensors[f"B|{path}"])
         for run in self.runs:
             run.restore(tensors)
-
-
-@torch.no_grad()
-def restore_blocks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Gives all blocks the values of a checkpoint."""
-    for path, layer in gated_layers(model).items():
-        layer.A.copy_(tensors[f"A|{path}"])
-        layer.B.copy_(tensors[f"B|{path}"])
 
 
 def _clip(runs: Sequence[TaskRun], losses: dict[str, float], update: int) -> None:
