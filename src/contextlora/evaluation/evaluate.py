@@ -20,7 +20,7 @@ from contextlora.errors import DataError
 from contextlora.evaluation.metrics import Accuracy, parse_answer, score
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import attached_state
-from contextlora.models.inputs import ImageFeatures, at_least_float32, logits_at
+from contextlora.models.inputs import ImageFeatures, at_least_float32, log_likelihood, logits_at
 
 Method = Literal["likelihood", "generate"]
 Answers = dict[str, tuple[str, ...]]  # by example id
@@ -187,7 +187,7 @@ def _later(model: nn.Module, cache: Any, answers: Tensor, real: Tensor, starts: 
             **more,
         ).logits
     targets = fed[:, 1:][predicts]
-    picked = -nn.functional.cross_entropy(at_least_float32(logits), targets, reduction="none")
+    picked = log_likelihood(logits, targets)
     sums: Tensor = picked.new_zeros(len(fed)).index_add_(0, predicts.nonzero(as_tuple=True)[0], picked)
     return sums.view(-1, count)
 
