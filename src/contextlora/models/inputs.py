@@ -130,7 +130,7 @@ def log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     A few rows at a time, which stay in the processor's cache: three times as fast as cross_entropy on a CPU.
     """
     parts = []
-    for some, wanted in zip(logits.split(32), targets.split(32), strict=True):
+    for some, wanted in zip(logits.split(32), targets.split(32), strict=True):  # type: ignore[no-untyped-call]
         exact = at_least_float32(some)
         parts.append(exact.gather(1, wanted[:, None]).squeeze(1) - exact.logsumexp(1))
     return torch.cat(parts)
