@@ -14,11 +14,12 @@ extra = $(shell $(PYTHON) -c "import sys, tomllib; \
 demo: $(VENV)/.installed
 	$(BIN)/contextlora demo $(ARGS)
 
+# One thread a worker: two workers with two threads each wait for one another on two cores.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
