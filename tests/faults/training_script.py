@@ -36,7 +36,7 @@ CONFIG = {
 }
 # Where a child waits to be killed: before or after the n-th call of a function within `checkpoint.save`, or around the
 # saving of the adapter, when all is learnt.
-POINTS = ["half a file", "before _seal", "before _sync", "before rename", "after rename", "adapter", "clear"]
+POINTS = ["half a file", "before _seal", "before sync", "before rename", "after rename", "adapter", "clear"]
 
 
 def work(out: Path) -> None:
@@ -92,7 +92,7 @@ def arm(point: str, skip: int, ready: Path) -> None:
             wait()
 
         checkpoint.save_file = half
-    elif point in ("before _seal", "before _sync"):
+    elif point in ("before _seal", "before sync"):
         name = point.split()[1]
         setattr(checkpoint, name, around(getattr(checkpoint, name)))
     elif point in ("before rename", "after rename"):

@@ -87,7 +87,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stop_at_any_call_within_save_leaves_a_valid_one(tmp_path, monkeypatch, seed):
-    names = [(checkpoint, "save_file"), (checkpoint, "_sha256"), (checkpoint, "_seal"), (checkpoint, "_sync")]
+    names = [(checkpoint, "save_file"), (checkpoint, "_sha256"), (checkpoint, "_seal"), (checkpoint, "sync")]
     names += [(shutil, "rmtree"), (type(tmp_path), "rename")]
     calls = []
 
@@ -127,7 +127,7 @@ def test_a_stop_at_any_call_within_save_leaves_a_valid_one(tmp_path, monkeypatch
 
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     save(tmp_path, made(1))
-    monkeypatch.setattr(checkpoint, "_sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(checkpoint, "sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(RunError, match=r"E523 .*No space left"):
         save(tmp_path, made(2))
     same(load_latest(tmp_path, "r"), made(1))

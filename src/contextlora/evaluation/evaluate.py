@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from contextlora.data.collate import Batch, Encoder, Sample, answer_text, collate
+from contextlora.data.collate import Batch, Encoder, Sample, collate
 from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.metrics import Accuracy, parse_answer, score
@@ -244,8 +244,3 @@ def _generate(reader: ImageFeatures, batch: Batch, tokens: int) -> list[str]:
     )
     new = out[:, batch.input_ids.shape[1] :]
     return [str(t).strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def show(answers: Sequence[str]) -> str:
-    """An answer as people read it."""
-    return answer_text(answers) or "(no valid answer)"

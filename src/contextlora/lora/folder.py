@@ -53,11 +53,11 @@ def replacing(folder: str | Path, *, marker: str) -> Iterator[Path]:
         yield new
         _bring_along(folder, new)
         for path in (*new.rglob("*"), new):
-            _sync(path)
+            sync(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise AdapterError("E319", f"cannot be written: {e.strerror or e}", where=folder) from None
@@ -164,7 +164,7 @@ def _sibling(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Has the disk hold a file, or a folder's list of names, before we go on."""
     handle = os.open(path, os.O_RDONLY)
     try:

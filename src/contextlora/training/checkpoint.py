@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contextlora.errors import RunError
+from contextlora.lora.folder import sync
 
 KEEP = 2
 FORMAT = 1
@@ -57,7 +57,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     final = folder / name
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    _sync(folder)
+    sync(folder)
     found = _newest_first(folder)
     later = [p for p in found if p.name > name]  # damaged, else the run would have gone on from there
     for old in later + found[len(later) + KEEP :]:
@@ -71,7 +71,7 @@ def _write(part: Path, checkpoint: Checkpoint) -> None:
     head |= {"run": checkpoint.run, "given": checkpoint.given, "sha256": _sha256(part / "tensors.safetensors")}
     (part / "checkpoint.json").write_text(json.dumps(head | {"self": _seal(head)}))
     for path in (*part.iterdir(), part):
-        _sync(path)
+        sync(path)
 
 
 def load_latest(folder: Path, run: str) -> Checkpoint | None:
@@ -120,11 +120,3 @@ def _seal(head: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

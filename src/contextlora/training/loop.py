@@ -76,7 +76,8 @@ def train(
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     plan = stages(graph, tasks, config)
-    run = run_id(graph, plan, config, data, model)
+    data_sha256 = data_hash(data)  # reads every image: once
+    run = run_id(graph, plan, config, data_sha256, model)
     folder = Path(out) / "checkpoints"
     start = checkpoint.load_latest(folder, run) if resume else None
     if start is None:
@@ -108,7 +109,7 @@ def train(
                     checkpoint.save(folder, at)
                 if stop.is_set():
                     raise RunError("E514", f"stopped after update {update + 1}; go on with --resume", where=out)
-    Adapter.of(model, seed=config.seed, data=data_hash(data)).save(Path(out) / "adapter")
+    Adapter.of(model, seed=config.seed, data=data_sha256).save(Path(out) / "adapter")
     checkpoint.clear(folder)
     return model
 
@@ -139,7 +140,7 @@ def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -
     return label_noise(examples, graph, config.label_noise, config.seed) if config.label_noise else examples
 
 
-def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data: str | Path, model: nn.Module) -> str:
+def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data_sha256: str, model: nn.Module) -> str:
     """Identifies a run: a checkpoint of another configuration, graph, data or base model must not be resumed.
 
     The prefix cache counts too: what is computed with other samples may round differently.
@@ -147,7 +148,7 @@ def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data: s
     settings = config.model_dump(exclude={"checkpoint_every"})
     layers = [(path, str(layer.A.dtype)) for path, layer in gated_layers(model).items()]
     base = [fingerprint(model), str(next(model.parameters()).dtype), layers]
-    what = [graph.to_dict(), plan, settings, data_hash(data), base]
+    what = [graph.to_dict(), plan, settings, data_sha256, base]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 
