@@ -18,6 +18,8 @@ import yaml
 from typer.testing import CliRunner
 
 from contextlora.cli import app
+from contextlora.data.collate import Encoder
+from contextlora.lora.adapter import Adapter
 from tiny_llava import save_tiny_llava
 
 COMMANDS = ["init", "check", "train", "eval", "ask", "export", "plug", "drop", "report", "demo"]
@@ -221,6 +223,32 @@ def test_accuracy_is_kept_in_adapter_and_run(project: Path):
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_asked_as_it_was_trained(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trained with labels in the prompt, a dependent task gets its prerequisites' own answers; one without, none."""
+    config = project / "config.yaml"
+    asking = ["ask", project / "runs", "--image", project / "data/images/30.png", "--task", "action"]
+    ok("train", config, "--tasks", "action", "--set", "train.context=gold", "--eval", "valid")
+    assert Adapter.load(project / "runs" / "adapter").records["action"].context == "gold"
+    assert {t: Adapter.load(project / "runs" / "adapter").context(t) for t in ("action", "light")} == {
+        "action": "predicted",
+        "light": "none",
+    }
+    kept = json.loads((project / "runs" / "evaluation.json").read_text())["after"]
+    assert kept["how"]["context"] == "predicted"
+    said: list[dict[str, object]] = []
+    sample = Encoder.sample
+    monkeypatch.setattr(
+        Encoder,
+        "sample",
+        lambda *a, **k: said.append(k.get("known")) or sample(*a, **k),  # type: ignore[func-returns-value]
+    )
+    for words in (["eval", config, "--split", "valid", "--tasks", "action"], asking):
+        for context, tells in (("none", False), ("predicted", True), (None, True)):
+            said.clear()
+            ok(*words, *(["--context", context] if context else []))
+            assert any(said) == tells, (words[0], context)
 
 
 def test_ask_by_question_and_with_context(project: Path):

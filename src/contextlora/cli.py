@@ -218,7 +218,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Data folder. Default: the configuration's.")] = None,
     split: Annotated[Part, typer.Option(help="Which split.")] = Part.test,
     method: Method = How.likelihood,
-    context: Annotated[Context, typer.Option(help="Prerequisites' answers in the prompt.")] = Context.none,
+    context: Annotated[
+        Context | None, typer.Option(help="Prerequisites' answers in the prompt. Default: as each task was trained.")
+    ] = None,
     tasks: Tasks = None,
     overrides: Set = None,
     base: Base = None,
@@ -238,7 +240,7 @@ def evaluate(
         split.value,
         tasks=None if names is None else [t for t in names if session.graph.task(t)],
         method=method.value,
-        context=context.value,
+        context=context and context.value,
         folder=folder,
     )
     rows = [
@@ -247,7 +249,11 @@ def evaluate(
     ]
     if as_json:
         scores = {t: vars(a) for t, a in result.accuracy.items()}
-        _out(True, {"split": split.value, "method": method.value, "context": context.value, "tasks": scores}, "")
+        _out(
+            True,
+            {"split": split.value, "method": method.value, "context": context and context.value, "tasks": scores},
+            "",
+        )
     else:
         _table(f"split {split.value}", rows)
 
@@ -259,7 +265,10 @@ def ask(
     task: Annotated[str | None, typer.Option(help='Which task answers; "all" for each of them, in order.')] = None,
     question: Annotated[str | None, typer.Option(help="The question in your words.")] = None,
     method: Method = How.likelihood,
-    context: Annotated[Chain, typer.Option(help="Prerequisites' own answers in the prompt.")] = Chain.none,
+    context: Annotated[
+        Chain | None,
+        typer.Option(help="Prerequisites' own answers in the prompt. Default: as each task was trained."),
+    ] = None,
     base: Base = None,
     device: Device = None,
     as_json: Json = False,
@@ -279,7 +288,8 @@ def ask(
         from contextlora.data.images import check_image
 
         check_image(image)
-    session = open_session(folder, tasks=None if context.value == "predicted" else wanted, base=base, device=device)
+    chained = "predicted" in [context.value if context else whole.context(t) for t in wanted]
+    session = open_session(folder, tasks=None if chained else wanted, base=base, device=device)
     found = ask(
         session.reader,
         whole,
@@ -287,7 +297,7 @@ def ask(
         task=wanted[0] if task != ALL else task,
         question=question,
         method=method.value,
-        context=context.value,
+        context=context.value if context else None,
     )
     for warning in found.warnings:
         _say(f"warning: {warning}")

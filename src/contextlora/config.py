@@ -52,7 +52,7 @@ class TrainConfig(Strict):
         layers: decoder layers that carry blocks: "all", "top 1/3", "bottom 1/2" or "first-last".
         targets: names of linears that carry blocks; None means all of a decoder layer.
         label_noise: share of the roots' training pairs that are shuffled (robustness experiments).
-        max_train: use at most this many training records.
+        max_train: use this many training records, drawn by the seed; None uses all.
         prefix_cache_gb: memory for activations of frozen layers below the first block; 0 recomputes them.
         checkpoint_every: updates between checkpoints.
         activation_checkpointing: recompute activations in backward to save memory.

@@ -210,9 +210,9 @@ def test_context(folders, tasks):
     own = {t: answer(reader, examples, t) for t in ("weather", "light")}
     gold = {e.id: {p: e.answers[p] for p in own} for e in examples}
     predicted = {e.id: {p: own[p][e.id] for p in own} for e in examples}
-    assert context_for(reader, examples, "action", "none", {}) == {}
-    assert context_for(reader, examples, "action", "gold", {}) == gold != predicted
-    assert context_for(reader, examples, "action", "predicted", {}) == predicted
+    assert context_for(reader, examples, "action", dict.fromkeys(graph().names, "none"), {}) == {}
+    assert context_for(reader, examples, "action", dict.fromkeys(graph().names, "gold"), {}) == gold != predicted
+    assert context_for(reader, examples, "action", dict.fromkeys(graph().names, "predicted"), {}) == predicted
     for context, known in (("none", None), ("gold", gold), ("predicted", predicted)):
         found = evaluate(model, processor, graph(), data=data, context=context, tasks=tasks)
         assert found.answers["action"] == answer(reader, examples, "action", known=known)
@@ -226,6 +226,6 @@ def test_gold_context_without_some_labels(tmp_path):
     model, processor = tiny.llama()
     reader = ImageFeatures(model, Encoder(processor, graph()))
     examples = load_examples(data, graph(), split="test")
-    found = context_for(reader, examples, "action", "gold", {})
+    found = context_for(reader, examples, "action", dict.fromkeys(graph().names, "gold"), {})
     assert [sorted(k) for k in found.values()] == [["light", "weather"], ["weather"], *[["light", "weather"]] * 2]
     assert evaluate(model, processor, graph(), data=data, context="gold").accuracy["light"].count == 3

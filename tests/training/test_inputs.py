@@ -102,7 +102,8 @@ def test_the_same_picture_under_two_names_is_computed_once(tmp_path):
         Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / name)
     reader = reader_of(tiny.llava, tmp_path / "features")
     calls = counted(reader)
-    reader.prepare([tmp_path / "a.png", tmp_path / "b.png"])
+    for name in ("a.png", "b.png"):
+        reader.get(tmp_path / name)
     assert len(calls) == 1
 
 
@@ -127,10 +128,12 @@ def test_memory_is_bounded_where_there_is_a_disk(pictures, tmp_path):
     reader = reader_of(tiny.llava, tmp_path / "features", memory_bytes=3 * 4 * 32 * 8)
     images = sorted({s.image for s in samples_of(reader, pictures)})
     calls = counted(reader)
-    reader.prepare(images)
+    for image in images:
+        reader.get(image)
     assert len(reader._held) == 3
     count = len(calls)
-    reader.prepare(images)
+    for image in images:
+        reader.get(image)
     assert len(calls) == count
 
 

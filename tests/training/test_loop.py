@@ -162,6 +162,21 @@ def hf_loss(model, reader, samples):
     return loss
 
 
+def test_max_train_draws_from_the_whole_file_by_the_seed(words):
+    everything = training_examples(words, tiny.graph(), TrainConfig())
+
+    def drawn(count, seed=0):
+        return [e.id for e in training_examples(words, tiny.graph(), TrainConfig(max_train=count, seed=seed))]
+
+    order = [e.id for e in everything]
+    assert drawn(len(order)) == drawn(10**6) == order
+    few = drawn(4)
+    assert len(set(few)) == 4
+    assert few == [i for i in order if i in few] == drawn(4)
+    assert any(drawn(4, seed) != few for seed in range(1, 5))
+    assert any(set(drawn(4, seed)) & set(order[len(order) // 2 :]) for seed in range(5)), "not only the first"
+
+
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(6, 1), (2, 3), (4, 2), (1, 6)])
 def test_loss_and_gradients_equal_transformers_own_whatever_the_micro_batches(runs, words, batch_size, accumulate):
     model, processor = runs.attached(fill=0.1)
@@ -309,7 +324,7 @@ def test_predicted_context_of_three_levels_uses_each_levels_own_answers(runs, wo
     assert set(stage.given) == {"weather", "light"}
     e = load_examples(words, g, split="train")[1]
     reader = ImageFeatures(model, Encoder(processor, g))
-    weather = loop.context_for(reader, [e], "light", "predicted", {})[e.id]["weather"]
+    weather = loop.context_for(reader, [e], "light", dict.fromkeys(g.names, "predicted"), {})[e.id]["weather"]
     assert stage.given["weather"][e.id] == weather
     from contextlora.evaluation.evaluate import answer
 

@@ -42,7 +42,7 @@ def ask(
     task: str | None = None,
     question: str | None = None,
     method: Method = "likelihood",
-    context: Literal["none", "predicted"] = "none",
+    context: Literal["none", "predicted"] | None = None,
 ) -> Asked:
     """Asks about one picture (or none, for text-only tasks).
 
@@ -53,7 +53,8 @@ def ask(
         task: which task answers; "all" for every trained one, level by level; None finds it by `question`.
         question: the question in other words than the graph's.
         method: as in `evaluate`.
-        context: "none", or "predicted" to put the prerequisites' own answers into the prompt.
+        context: "none", or "predicted" to put the prerequisites' own answers into the prompt; None as each task was
+            trained. A prerequisite without a block is left out.
 
     Raises:
         ConfigError: E104 for an unknown task, E108 if task and question do not say what is asked. AdapterError E317 if
@@ -64,9 +65,10 @@ def ask(
         check_image(image)
     worded = {tasks[0]: question} if question is not None else {}
     example = Example("asked", Path(image) if image else None, {}, worded, "test")
+    ways = {t: context or adapter.context(t) for t in adapter.blocks}
     given: dict[str, Answers] = {}
     for name in tasks:
-        known = context_for(reader, [example], name, context, given)
+        known = context_for(reader, [example], name, ways, given)
         given[name] = answer(reader, [example], name, method=method, known=known)
     found = {t: given[t][example.id] for t in tasks}
     return Asked(

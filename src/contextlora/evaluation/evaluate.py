@@ -51,7 +51,7 @@ def evaluate(
     split: str = "test",
     tasks: Iterable[str] | None = None,
     method: Method = "likelihood",
-    context: str = "none",
+    context: str | Mapping[str, str] = "none",
     features: ImageFeatures | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -65,7 +65,8 @@ def evaluate(
         split: "train", "valid" or "test".
         tasks: which tasks; None means all.
         method: "likelihood" picks the likeliest option set, "generate" writes an answer and checks its format.
-        context: "none", "gold" (prerequisites' labels in the prompt) or "predicted" (their own answers).
+        context: "none", "gold" (prerequisites' labels in the prompt) or "predicted" (their own answers); by task where
+            tasks differ.
         features: reused image features.
         progress: called with (asked, total).
 
@@ -77,11 +78,12 @@ def evaluate(
         raise DataError("E230", f"no record of split '{split}'", where=data)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     wanted = [t for t in (graph.names if tasks is None else tasks) if graph.task(t)]
+    ways = dict.fromkeys(graph.names, context) if isinstance(context, str) else context
     result = Evaluation()
     total, done = sum(1 for t in wanted for e in examples if t in e.answers), 0
     for task in (t for level in graph.levels() for t in level if t in wanted):
         asked = [e for e in examples if task in e.answers]
-        known = context_for(reader, asked, task, context, result.answers)
+        known = context_for(reader, asked, task, ways, result.answers)
         result.answers[task] = answer(reader, asked, task, method=method, known=known)
         result.accuracy[task] = Accuracy.of([score(result.answers[task][e.id], e.answers[task]) for e in asked])
         done += len(asked)
@@ -91,19 +93,24 @@ def evaluate(
 
 
 def context_for(
-    reader: ImageFeatures, examples: Sequence[Example], task: str, context: str, given: dict[str, Answers]
+    reader: ImageFeatures, examples: Sequence[Example], task: str, ways: Mapping[str, str], given: dict[str, Answers]
 ) -> dict[str, dict[str, tuple[str, ...]]]:
-    """What the prompt of `task` says of its prerequisites, by example id; `given` holds and keeps answers so far."""
-    if context == "none":
+    """What the prompt of `task` says of its prerequisites, by example id.
+
+    Args:
+        ways: "none", "gold" or "predicted" by task; prerequisites that it leaves out are left out of the prompt.
+        given: answers so far, by task; those found here are added.
+    """
+    way = ways.get(task, "none")
+    if way == "none":
         return {}
-    graph = reader.encoder.graph
-    before = graph.prerequisites(task)
-    if context == "gold":
+    before = [p for p in reader.encoder.graph.prerequisites(task) if p in ways]
+    if way == "gold":
         return {e.id: {p: e.answers[p] for p in before if p in e.answers} for e in examples}
     for p in before:
         missing = [e for e in examples if e.id not in given.get(p, {})]
         if missing:
-            known = context_for(reader, missing, p, context, given)
+            known = context_for(reader, missing, p, ways, given)
             given[p] = {**given.get(p, {}), **answer(reader, missing, p, known=known)}
     return {e.id: {p: given[p][e.id] for p in before} for e in examples}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -68,6 +68,7 @@ class Adapter:
         seed: int | None = None,
         data: str = "",
         metrics: Mapping[str, Mapping[str, float]] | None = None,
+        context: str = "none",
     ) -> Adapter:
         """Copies the trained blocks off a model.
 
@@ -81,6 +82,7 @@ class Adapter:
             seed: of the run, and of blocks yet to be trained; None takes that of the adapter applied before, or 0.
             data: hash of the training data of the blocks that are new or changed.
             metrics: numbers by task, to be kept with its block.
+            context: `TrainConfig.context` of the blocks that are new or changed.
 
         Raises:
             AdapterError: E303 on a model without blocks.
@@ -98,7 +100,7 @@ class Adapter:
         adapter = cls(
             graph,
             blocks,  # type: ignore[arg-type]
-            records_of(graph, blocks, known.records if known else {}, data, seed, metrics or {}),  # type: ignore[arg-type]
+            records_of(graph, blocks, known.records if known else {}, data, seed, metrics or {}, context),  # type: ignore[arg-type]
             layer_shapes(model),
             base or (known.base if known else "") or _name_of(model),
             getattr(model, "contextlora_fingerprint", "") or (known.fingerprint if known else ""),
@@ -171,6 +173,11 @@ class Adapter:
     def digest(self) -> str:
         """One SHA-256 over all blocks: the same for the same weights, whatever their order."""
         return sha256("".join(f"{t} {block_hash(self.blocks[t])}\n" for t in sorted(self.blocks)).encode())
+
+    def context(self, task: str) -> Literal["none", "predicted"]:
+        """What the prompt of `task` should say of its prerequisites: as in its training, own answers for labels."""
+        record = self.records.get(task)
+        return "none" if record is None or record.context == "none" else "predicted"
 
     def missing(self, task: str) -> tuple[str, ...]:
         """The prerequisites of a task, now or when it was trained, that have no block here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ class Record(Strict):
         trained_as: question, options, choose, rank and scale at that time.
         data: hash of the training data.
         seed: of the run.
+        context: what its prompts said of the prerequisites in training (`TrainConfig.context`).
         metrics: numbers such as accuracy, by name.
         versions: of contextlora, torch and transformers.
     """
@@ -33,6 +34,7 @@ class Record(Strict):
     trained_as: dict[str, Any]
     data: str = ""
     seed: int = 0
+    context: Literal["none", "gold", "predicted"] = "none"
     metrics: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 
@@ -44,6 +46,7 @@ def records_of(
     data: str,
     seed: int,
     metrics: Mapping[str, Mapping[str, float]],
+    context: str = "none",
 ) -> dict[str, Record]:
     """The record of every block: the known one while its bytes are the same, else a new one."""
     hashes = {t: block_hash(b) for t, b in blocks.items()}
@@ -62,6 +65,7 @@ def records_of(
             trained_as=as_trained(graph, task),
             data=data,
             seed=seed,
+            context=context,  # type: ignore[arg-type]
             metrics=numbers,
             versions=versions,
         )

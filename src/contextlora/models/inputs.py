@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,6 @@ class ImageFeatures:
             self._left -= size
             self._held[image] = found
         return found
-
-    def prepare(self, images: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> None:
-        """Computes what is missing ahead of time."""
-        for i, image in enumerate(images):
-            self.get(image)
-            if progress:
-                progress(i + 1, len(images))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments that run the model on a batch; features stand in for pixels."""

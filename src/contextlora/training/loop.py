@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,7 +110,7 @@ def train(
                     checkpoint.save(folder, at)
                 if stop.is_set():
                     raise RunError("E514", f"stopped after update {update + 1}; go on with --resume", where=out)
-    Adapter.of(model, seed=config.seed, data=data_sha256).save(Path(out) / "adapter")
+    Adapter.of(model, seed=config.seed, data=data_sha256, context=config.context).save(Path(out) / "adapter")
     checkpoint.clear(folder)
     return model
 
@@ -133,10 +134,13 @@ def stages(graph: TaskGraph, tasks: Iterable[str] | None, config: TrainConfig) -
 
 
 def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -> list[Example]:
-    """The split "train", cut to `max_train` and with label noise where the configuration asks for it."""
-    examples = load_examples(data, graph, split="train")[: config.max_train]
+    """The split "train": `max_train` of it drawn by the seed, and label noise, if the configuration asks for them."""
+    examples = load_examples(data, graph, split="train")
     if not examples:
         raise DataError("E231", "no record of split 'train'", where=data)
+    if config.max_train is not None and config.max_train < len(examples):
+        drawn = random.Random(f"max_train {config.seed}").sample(range(len(examples)), config.max_train)
+        examples = [examples[i] for i in sorted(drawn)]  # files often hold one class after another
     return label_noise(examples, graph, config.label_noise, config.seed) if config.label_noise else examples
 
 
@@ -263,7 +267,7 @@ def _samples(
 ) -> list[Sample]:
     """A task's training samples, prerequisites' answers in the prompt where `context` asks for them."""
     mine = [e for e in examples if task in e.answers]
-    known = context_for(reader, mine, task, context, given)
+    known = context_for(reader, mine, task, dict.fromkeys(reader.encoder.graph.names, context), given)
     return [reader.encoder.sample(e, task, answer=e.answers[task], known=known.get(e.id)) for e in mine]
 
 

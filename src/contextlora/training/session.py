@@ -188,7 +188,7 @@ def run_training(
     if evaluate_on:
         say(f"measuring the trained model on split {evaluate_on}")
         with folder.phase("evaluate after"):
-            measure(session, config.data, evaluate_on, context=config.train.context, folder=folder)
+            measure(session, config.data, evaluate_on, folder=folder)
     return session
 
 
@@ -199,12 +199,16 @@ def measure(
     *,
     tasks: Sequence[str] | None = None,
     method: Method = "likelihood",
-    context: str = "none",
+    context: str | None = None,
     folder: RunFolder | None = None,
     name: str = "after",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Accuracy on a split; with `folder` kept in its evaluation.json and, as "after", in its adapter."""
+    """Accuracy on a split; with `folder` kept in its evaluation.json and, as "after", in its adapter.
+
+    `context` is as in `evaluate`; None asks each task as it was trained, prerequisites' own answers in place of labels.
+    """
+    ways = {t: context or _trained_context(session, t) for t in session.graph.names}
     known = [t for t in session.graph.names if session.adapter is None or t in session.adapter.blocks]
     result = evaluate(
         session.model,
@@ -214,14 +218,15 @@ def measure(
         split=split,
         tasks=known if tasks is None else tasks,
         method=method,
-        context=context,
+        context=ways,
         features=session.reader,
         progress=progress,
     )
     if folder is not None:
         examples = load_examples(data, session.graph)
         parts = [[e for e in examples if e.split == s] for s in ("train", split)]
-        folder.record(name, result, session.graph, *parts, split=split, method=method, context=context)
+        how = context or ("predicted" if "predicted" in ways.values() else "none")
+        folder.record(name, result, session.graph, *parts, split=split, method=method, context=how)
         if name == "after" and folder.has_adapter:
             metrics = {t: {f"{split} accuracy": a.mean} for t, a in result.accuracy.items()}
             Adapter.of(session.model, metrics=metrics).save(folder.adapter)
@@ -301,6 +306,10 @@ def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: boo
         processor.save_pretrained(part)
     shutil.rmtree(folder.base, ignore_errors=True)
     part.rename(folder.base)
+
+
+def _trained_context(session: Session, task: str) -> str:
+    return session.adapter.context(task) if session.adapter else "none"
 
 
 def _say_what_is_untrained(session: Session, wanted: Sequence[str], say: Say) -> None:
