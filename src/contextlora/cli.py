@@ -191,6 +191,7 @@ def train(
 
     With --tasks all other blocks stay byte-identical. Ctrl-C leaves a run that --resume continues.
     """
+    from contextlora.training.runs import RunFolder
     from contextlora.training.session import run_training
 
     settings = _load(config, overrides)
@@ -210,6 +211,8 @@ def train(
     folder = Path(settings.out) / "adapter"
     facts = {"adapter": str(folder), "sha256": session.adapter.digest(), "tasks": list(session.adapter.blocks)}
     _out(as_json, {**facts, "stale": stale}, f"saved {folder} ({', '.join(facts['tasks'])})")
+    if evaluate_on and not as_json:
+        _accuracy(evaluate_on.value, RunFolder(settings.out).evaluation()["after"]["tasks"])
 
 
 @app.command("eval")
@@ -243,10 +246,6 @@ def evaluate(
         context=context and context.value,
         folder=folder,
     )
-    rows = [
-        {"task": t, "accuracy": f"{a.mean:.3f}", "95 %": f"{a.low:.3f} to {a.high:.3f}", "questions": a.count}
-        for t, a in result.accuracy.items()
-    ]
     if as_json:
         scores = {t: vars(a) for t, a in result.accuracy.items()}
         _out(
@@ -255,7 +254,7 @@ def evaluate(
             "",
         )
     else:
-        _table(f"split {split.value}", rows)
+        _accuracy(split.value, {t: vars(a) for t, a in result.accuracy.items()})
 
 
 @app.command()
@@ -443,6 +442,19 @@ def _out(as_json: bool, data: Mapping[str, Any], text: str) -> None:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def _accuracy(split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:
+    rows = [
+        {
+            "task": t,
+            "accuracy": f"{a['mean']:.3f}",
+            "95 %": f"{a['low']:.3f} to {a['high']:.3f}",
+            "questions": a["count"],
+        }
+        for t, a in tasks.items()
+    ]
+    _table(f"accuracy on split {split}", rows)
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

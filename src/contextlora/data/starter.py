@@ -17,13 +17,18 @@ CONFIG = """\
 # A run of contextlora. Unknown keys are errors; `contextlora check config.yaml` says what they cost.
 model: smol              # the embedded model, a hub id, or a folder
 data: data               # holds data.jsonl, images/ and graph.yaml, the tasks and what each comes after
-out: runs              # metrics, checkpoints, and at the end adapter/
+out: runs                # metrics, checkpoints, and at the end adapter/
 train:
-  epochs: 4
+  epochs: 2
   batch_size: 4          # samples of one task in one update
-  lr: 0.0002
-  layers: all            # "top 1/3" trains faster: everything below is computed only once
+  lr: 0.001              # for small models and few updates; the paper's 0.0002 for large ones
+  layers: top 1/3        # everything below is computed only once; "all" can learn more and takes longer
+  context: gold          # prompts name what comes before: the labels in training, the model's own answers ever after
   seed: 0
+"""
+ALIGN = """\
+align:
+  epochs: 0              # fits the embedded model's projector to these pictures first, in about a minute
 """
 
 GRAPH = """\
@@ -93,7 +98,8 @@ def start_project(
         import_instructions(list(instructions), data)
     else:
         _example(data)
-    config.write_text(CONFIG, encoding="utf-8")  # last: it says that the rest is whole
+    many = bool(scene or yolo)
+    config.write_text(CONFIG + ALIGN * many, encoding="utf-8")  # last: it says that the rest is whole
     return config
 
 
