@@ -53,6 +53,11 @@ def test_model_is_a_frozen_bf16_llava_in_eval_mode(loaded):
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == model.model.language_model.config._attn_implementation == "eager"
+    try:
+        model.set_attn_implementation("sdpa")  # as on a GPU: the tower must not refuse
+        assert model.model.language_model.config._attn_implementation == "sdpa"
+    finally:
+        model.set_attn_implementation("eager")
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.get_input_embeddings().weight.shape == (49152, 576)
 

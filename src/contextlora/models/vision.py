@@ -35,6 +35,7 @@ class Lite0Tower(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _supports_sdpa = True  # there is no attention in it, so that the language model may have any kind
 
     def __init__(self, config: Lite0Config):
         super().__init__(config)
