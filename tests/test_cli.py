@@ -81,7 +81,7 @@ def make(folder: Path, tiny: Path) -> Path:
     assert run("init", folder).exit_code == 0
     text = (folder / "config.yaml").read_text()
     text = (
-        text.replace("model: smol", f"model: {tiny}").replace("epochs: 2", "epochs: 1").replace("lr: 0.001", "lr: 0.01")
+        text.replace("model: smol", f"model: {tiny}").replace("epochs: 2", "epochs: 1").replace("lr: 0.002", "lr: 0.01")
     )
     text = text.replace("context: gold", "context: none").replace("top 1/3", "all")
     (folder / "config.yaml").write_text(text)

@@ -192,7 +192,7 @@ def train(
     With --tasks all other blocks stay byte-identical. Ctrl-C leaves a run that --resume continues.
     """
     from contextlora.training.runs import RunFolder
-    from contextlora.training.session import run_training
+    from contextlora.training.whole import run_training
 
     settings = _load(config, overrides)
     session = run_training(

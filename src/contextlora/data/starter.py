@@ -21,7 +21,7 @@ out: runs                # metrics, checkpoints, and at the end adapter/
 train:
   epochs: 2
   batch_size: 4          # samples of one task in one update
-  lr: 0.001              # for small models and few updates; the paper's 0.0002 for large ones
+  lr: 0.002              # for small models and few updates; the paper's 0.0002 for large ones
   layers: top 1/3        # everything below is computed only once; "all" can learn more and takes longer
   context: gold          # prompts name what comes before: the labels in training, the model's own answers ever after
   seed: 0
