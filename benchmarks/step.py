@@ -27,6 +27,7 @@ from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training.prefix import FrozenPrefix
 
 ANSWER = 4
+EPOCHS = 3  # over which one filling of the prefix cache is shared
 Step = Callable[[], None]
 
 
@@ -64,6 +65,23 @@ def ours(args: argparse.Namespace, layers: str, graph: TaskGraph, cached: bool =
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def filling(args: argparse.Namespace, layers: str, graph: TaskGraph) -> Step:
+    """What fills the prefix cache: one forward pass through the layers below the lowest block."""
+    model, processor = load_model("smol", device=args.device)
+    attach(model, graph, layers=layers)
+    reader = ImageFeatures(model, Encoder(processor, graph))
+    batch = collate(sampled(args.samples, args.tokens, list(graph.names)), reader.encoder.pad)
+
+    @torch.no_grad()
+    def step() -> None:
+        prefix = FrozenPrefix(reader, 2**30)
+        prefix.admit(batch.samples)
+        with prefix.replay(batch, reader.inputs(batch)):
+            pass
 
     return step
 
@@ -149,7 +167,8 @@ def main() -> None:
         "PEFT LoRA r=8": peft(args, 8),
         "contextlora 4 x 8, all layers": ours(args, "all", four_tasks()),
         f"contextlora 4 x 8, {args.layers}": ours(args, args.layers, four_tasks()),
-        f"contextlora 4 x 8, {args.layers}, prefix cached": ours(args, args.layers, four_tasks(), cached=True),
+        (cached := f"contextlora 4 x 8, {args.layers}, prefix cached"): ours(args, args.layers, four_tasks(), True),
+        (fill := "filling that cache, forward only"): filling(args, args.layers, four_tasks()),
         "frozen body, forward + input gradient": frozen_body(args),
         "matrix products alone": gemm_floor(args),
     }
@@ -159,13 +178,15 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, step in contenders.items():
             times[name].append(timed(step, args.device))
+    shared = zip(times[cached], times[fill], strict=True)
+    times[f"{cached}, an epoch of {EPOCHS} with the filling"] = [c + f / EPOCHS for c, f in shared]
     rival = times["PEFT LoRA r=32"]
     rows: list[dict[str, Any]] = []
     for name, spent in times.items():
         ratio = statistics.median(r / s for r, s in zip(rival, spent, strict=True))
         speed = args.samples * args.tokens / statistics.median(spent)
         rows.append({"contender": name, "tokens_per_s": round(speed, 1), "x_peft": round(ratio, 2)})
-        print(f"{name:48s} {speed:8.0f} tokens/s   {ratio:5.2f} x PEFT r=32")
+        print(f"{name:76s} {speed:8.0f} tokens/s   {ratio:5.2f} x PEFT r=32")
     if args.json:
         args.json.write_text(
             json.dumps({"device": args.device, "threads": torch.get_num_threads(), "rows": rows}, indent=1)
