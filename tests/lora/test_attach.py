@@ -19,6 +19,7 @@ from contextlora.lora.attach import (
     trainable_groups,
     trainable_parameters,
 )
+from contextlora.lora.sharing import along_graph
 
 TEXT = {
     "vocab_size": 64,
@@ -331,7 +332,7 @@ class TestTasks:
         assert len(trainable_parameters(model, "child")) == 2 * len(gated_layers(model))
 
     def test_groups_by_owner(self, model):
-        groups = trainable_groups(model, ["child"], frozen_ratio=0.5)
+        groups = trainable_groups(model, ["child"], along_graph(graph_of(model), 0.5))
         assert {n: sum(p.shape[0] for p in g) for n, g in groups.items()} == {"root": 84, "child": 126}
         assert {n for n, p in model.named_parameters() if p.requires_grad} == {
             f"{path}.learning.{n}_{side}" for path in gated_layers(model) for n in groups for side in "AB"

@@ -8,7 +8,8 @@ import torch
 
 from contextlora.errors import ConfigError, RunError
 from contextlora.graph import TaskGraph
-from contextlora.lora.gates import Gate, GateState, trainable_ranks
+from contextlora.lora.gates import Gate, GateState
+from contextlora.lora.sharing import along_graph, trainable_ranks
 
 
 def test_trainable_ranks(chain):
@@ -32,7 +33,7 @@ def test_rows_equal_the_definition(random_graph):
         graph = random_graph(seed)
         ratio = (1.0, 0.5, 0.0)[seed % 3]
         tasks = [graph.names[i % len(graph.names)] for i in range(seed % 4 + 1)]
-        gate = Gate(graph, tasks, ratio)
+        gate = Gate(graph, tasks, along_graph(graph, ratio))
         active, learns = torch.zeros(2, len(tasks), graph.total_rank, dtype=torch.float64)
         for row, t in enumerate(tasks):
             for n in {t, *graph.prerequisites(t)}:
@@ -109,6 +110,6 @@ class TestState:
             with pytest.raises(RunError, match="E502"):
                 state.gate(["root", "child"]).check(state.gate(other).stamp)
         before = state.gate("child")
-        state.frozen_ratio = 0.5
+        state.sharing = along_graph(state.graph, 0.5)
         with pytest.raises(RunError, match="E502"):
             before.check(state.gate("child").stamp)

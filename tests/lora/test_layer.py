@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from contextlora.errors import RunError
 from contextlora.graph import TaskGraph
-from contextlora.lora.gates import GateState, trainable_ranks
+from contextlora.lora.gates import GateState
 from contextlora.lora.layer import GatedLinear, _Gated
+from contextlora.lora.sharing import along_graph, trainable_ranks
 
 D_IN, D_OUT, TOKENS = 5, 6, 4
 
@@ -35,7 +36,7 @@ def plain(layer, x, tasks, A, B):
     state, graph, rows = layer._state, layer.graph, []
     for sample, task in zip(x, tasks, strict=True):
         y = F.linear(sample, layer.base.weight, layer.base.bias)
-        learning = trainable_ranks(graph, task, state.frozen_ratio)
+        learning = state.sharing.learns[task]
         for n in {task, *graph.prerequisites(task)}:
             for i, r in enumerate(graph.block(n)):
                 free = i < learning.get(n, 0)
@@ -54,7 +55,7 @@ def test_output_and_every_gradient_equal_autograd_of_the_formula(random_graph, r
     for seed in range(40):
         graph = random_graph(seed)
         layer, tasks = layer_of(graph, bias=bool(seed % 2), seed=seed), mixed_tasks(graph, seed, 3)
-        layer._state.frozen_ratio = ratio
+        layer._state.sharing = along_graph(layer.graph, ratio)
         opened = {}
         for t in reversed(tasks):  # an order of its own: gradients must find their block by name, not by place
             for n, count in trainable_ranks(graph, t, ratio).items():
@@ -81,7 +82,7 @@ def test_output_and_every_gradient_equal_autograd_of_the_formula(random_graph, r
 @pytest.mark.parametrize("tasks", [["child"], ["child", "root"], ["stranger", "root"]])
 def test_gradcheck(chain, with_base, tasks):
     layer = layer_of(chain)
-    layer._state.frozen_ratio = 0.5
+    layer._state.sharing = along_graph(layer.graph, 0.5)
     gate = layer._state.gate(tasks)
     counts = {n: trainable_ranks(chain, t, 0.5)[n] for t in tasks for n in trainable_ranks(chain, t, 0.5)}
     counts = {n: c for n, c in counts.items() if not (n == "root" and "child" in tasks and "root" in tasks)}

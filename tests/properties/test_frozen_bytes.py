@@ -8,7 +8,7 @@ from torch import nn
 
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import attach, gated_layers, trainable_parameters
-from contextlora.lora.gates import trainable_ranks
+from contextlora.lora.sharing import trainable_ranks
 
 OPTIMIZERS = [
     lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),

@@ -15,9 +15,11 @@ from contextlora.data.records import load_examples
 from contextlora.errors import DataError, RunError
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.attach import attached_state, gated_layers, trainable_groups
+from contextlora.lora.sharing import along_graph
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import loop
-from contextlora.training.loop import Stage, stages, training_examples
+from contextlora.training.loop import Stage, training_examples
+from contextlora.training.plan import planned, stages
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
 from tiny import furthest
@@ -28,7 +30,8 @@ def stage_of(model, processor, data, tasks, *, graph=None, **config):
     graph = graph or tiny.graph()
     reader = ImageFeatures(model, Encoder(processor, graph))
     examples = training_examples(data, graph, settings)
-    return Stage(reader, FrozenPrefix(reader, 2**20), examples, tasks, settings)
+    plan = planned(graph, tasks, settings)
+    return Stage(reader, FrozenPrefix(reader, 2**20), examples, [[t] for t in tasks], plan, settings)
 
 
 def changed(before, after):
@@ -75,18 +78,18 @@ def test_the_order_of_a_task_does_not_depend_on_who_trains_beside_it(runs, words
 def test_stages_of_a_graph():
     g = tiny.graph()
     config = TrainConfig()
-    assert stages(g, None, config) == [["weather", "light"], ["action"]]
+    assert stages(g, g.names, config) == [["weather", "light"], ["action"]]
     assert stages(g, ["action", "light"], config) == [["light"], ["action"]]
-    assert stages(g, None, TrainConfig(schedule="sequential")) == [["weather"], ["light"], ["action"]]
+    assert stages(g, g.names, TrainConfig(schedule="sequential")) == [["weather"], ["light"], ["action"]]
     tasks = g.to_dict()["tasks"]
     tasks["again"] = {"question": "?", "after": ["weather"], "options": ["a", "b"]}
     shared = tiny.graph(tasks=tasks)
-    assert stages(shared, None, config) == [["weather", "light"], ["action", "again"]]
+    assert stages(shared, shared.names, config) == [["weather", "light"], ["action", "again"]]
     one_at_a_time = [["weather", "light"], ["action"], ["again"]]  # both would tune ranks of `weather`
-    assert stages(shared, None, TrainConfig(frozen_ratio=0.5)) == one_at_a_time
+    assert stages(shared, shared.names, TrainConfig(frozen_ratio=0.5)) == one_at_a_time
     tasks["again"]["after"] = []
     with pytest.raises(Exception, match="E104"):
-        stages(g, ["wether"], config)
+        planned(g, ["wether"], config)
 
 
 def test_a_shared_prerequisite_with_delta_trains_one_after_another(runs, words):
@@ -123,7 +126,7 @@ def test_only_the_ranks_that_may_learn_change(runs, words, ratio, partly, dtype)
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
     assert base.keys() == dict(model.named_parameters()).keys()
     assert not any(p.requires_grad for p in model.parameters())
-    assert attached_state(model).frozen_ratio is None
+    assert attached_state(model).sharing == along_graph(tiny.graph())
 
 
 def test_a_model_with_another_graphs_blocks_is_refused(runs, words):
@@ -201,7 +204,7 @@ def test_each_task_of_a_mixed_batch_has_its_own_mean(runs, words):
     losses = stage._gradients(stage.runs, 0)
     for run in stage.runs:
         loss = hf_loss(model, stage.reader, run.samples)
-        assert losses[run.task] == pytest.approx(loss.item(), rel=1e-12)
+        assert losses[run.name] == pytest.approx(loss.item(), rel=1e-12)
         for p, g in zip(run.parameters, torch.autograd.grad(loss, run.parameters), strict=True):
             assert torch.allclose(p.grad, g, rtol=1e-9, atol=1e-13)
 
@@ -286,7 +289,7 @@ def test_activation_checkpointing_really_recomputes(runs, words):
 
 
 def prompts(stage, task):
-    (run,) = [r for r in stage.runs if r.task == task]
+    (run,) = [r for r in stage.runs if r.name == task]
     return {tuple(s.prompt) for s in run.samples}
 
 

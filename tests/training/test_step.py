@@ -21,7 +21,7 @@ def run_of(count=20, **config):
     samples = [Sample(str(i), "t", None, (1,) * (3 + i % 4), (2, 3)) for i in range(count)]
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(2))]
-    return TaskRun("t", samples, parameters, TrainConfig(**config))
+    return TaskRun(["t"], samples, parameters, TrainConfig(**config))
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.floats(0, 1), st.integers(1, 8), st.integers(1, 4), st.floats(1e-6, 1))

@@ -14,8 +14,9 @@ from torch import nn
 
 from contextlora.errors import AdapterError, ConfigError, did_you_mean
 from contextlora.graph import TaskGraph
-from contextlora.lora.gates import GateState, carry_gate_into_recompute, trainable_ranks
+from contextlora.lora.gates import GateState, carry_gate_into_recompute
 from contextlora.lora.layer import GatedLinear
+from contextlora.lora.sharing import Sharing, along_graph
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,22 +119,25 @@ def trainable_parameters(
         The parameters, requires_grad on these alone. They are views of the learning ranks: an optimizer over them,
         with weight decay or without, cannot move any other rank.
     """
-    return [p for group in trainable_groups(model, tasks, frozen_ratio=frozen_ratio).values() for p in group]
+    sharing = along_graph(graph_of(model), frozen_ratio)
+    return [p for group in trainable_groups(model, tasks, sharing).values() for p in group]
 
 
 def trainable_groups(
-    model: nn.Module, tasks: Iterable[str], *, frozen_ratio: float | None = None
+    model: nn.Module, tasks: Iterable[str], sharing: Sharing | None = None
 ) -> dict[str, list[nn.Parameter]]:
-    """As `trainable_parameters`, by the task that owns each block."""
+    """As `trainable_parameters`, by the task that owns each block, for any way of sharing blocks."""
     graph, names = graph_of(model), [tasks] if isinstance(tasks, str) else list(tasks)
+    sharing = sharing or along_graph(graph)
     counts: dict[str, int] = {}
     for task in names:
-        for owner, count in trainable_ranks(graph, task, frozen_ratio).items():
+        graph.task(task)
+        for owner, count in sharing.learns[task].items():
             counts[owner] = max(count, counts.get(owner, 0))
     model.requires_grad_(False)
     state = attached_state(model)
     assert state is not None
-    state.frozen_ratio = frozen_ratio
+    state.sharing = sharing
     layers = gated_layers(model).values()
     for layer in layers:
         layer.open(counts)

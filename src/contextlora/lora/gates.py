@@ -14,20 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contextlora.errors import ConfigError, RunError
+from contextlora.errors import RunError
 from contextlora.graph import TaskGraph
-
-
-def trainable_ranks(graph: TaskGraph, task: str, frozen_ratio: float | None = None) -> dict[str, int]:
-    """How many leading ranks of which blocks learn when `task` trains.
-
-    W[v] learns whole, and of each p in P(v) the first round(delta r_p) ranks, delta = 1 - frozen_ratio.
-    """
-    ratio = graph.frozen_ratio if frozen_ratio is None else frozen_ratio
-    if not 0 <= ratio <= 1:
-        raise ConfigError("E110", f"frozen_ratio is a share between 0 and 1, got {ratio}")
-    partly = {p: round((1 - ratio) * graph.rank_of(p)) for p in graph.prerequisites(task)}
-    return {p: n for p, n in {**partly, task: graph.rank_of(task)}.items() if n}
+from contextlora.lora.sharing import Sharing, along_graph
 
 
 class Gate:
@@ -43,10 +32,11 @@ class Gate:
         stamp: a number that two gates share only if they are alike.
     """
 
-    def __init__(self, graph: TaskGraph, tasks: Sequence[str], frozen_ratio: float | None = None):
+    def __init__(self, graph: TaskGraph, tasks: Sequence[str], sharing: Sharing | None = None):
+        sharing = sharing or along_graph(graph)
         self.tasks = tuple(tasks)
         used = dict.fromkeys(self.tasks)
-        on = [n for n in graph.names if any(n in graph.active(t) for t in used)]
+        on = [n for n in graph.names if any(n in sharing.active[t] for t in used)]
         owned = [r for n in on for r in graph.block(n)]
         contiguous = owned == list(range(owned[0], owned[-1] + 1))
         self.ranks = slice(owned[0], owned[-1] + 1) if contiguous else torch.tensor(owned)
@@ -54,18 +44,18 @@ class Gate:
         at = 0
         for n in on:
             self.columns[n] = range(at, at := at + graph.rank_of(n))
-        self.teaches = tuple(dict.fromkeys(n for t in used for n in trainable_ranks(graph, t, frozen_ratio)))
-        rows = {t: self._row(graph, t, at, frozen_ratio) for t in used}
+        self.teaches = tuple(dict.fromkeys(n for t in used for n in sharing.learns[t]))
+        rows = {t: self._row(graph, t, at, sharing) for t in used}
         self.active = torch.stack([rows[t][0] for t in self.tasks])
         self.learns = torch.stack([rows[t][1] for t in self.tasks])
-        self.stamp = torch.tensor(hash((self.tasks, frozen_ratio)))
+        self.stamp = torch.tensor(hash((self.tasks, sharing.stamp)))
         self._cast: dict[Any, tuple[slice | Tensor, Tensor, Tensor]] = {}
 
-    def _row(self, graph: TaskGraph, task: str, width: int, frozen_ratio: float | None) -> tuple[Tensor, Tensor]:
+    def _row(self, graph: TaskGraph, task: str, width: int, sharing: Sharing) -> tuple[Tensor, Tensor]:
         active, learns = torch.zeros(2, width, dtype=torch.float64)
-        for n in graph.active(task):
+        for n in sharing.active[task]:
             active[self.columns[n].start : self.columns[n].stop] = graph.scale_of(n)
-        for n, count in trainable_ranks(graph, task, frozen_ratio).items():
+        for n, count in sharing.learns[task].items():
             learns[self.columns[n].start : self.columns[n].start + count] = 1
         return active, learns
 
@@ -106,7 +96,7 @@ class GateState:
 
     def __init__(self, graph: TaskGraph):
         self.graph = graph
-        self.frozen_ratio: float | None = None
+        self.sharing = along_graph(graph)
         self.current: Gate | None = None
         self._inside = False  # within `use`, where the gate, or None, is what the caller means
         self._used = False  # whether any gate was ever set
@@ -121,7 +111,7 @@ class GateState:
             raise RunError("E501", "no task named; give one name a sample, or one for all")
         for n in set(names):
             self.graph.task(n)
-        return Gate(self.graph, names, self.frozen_ratio)
+        return Gate(self.graph, names, self.sharing)
 
     @contextmanager
     def use(self, gate: Gate | None) -> Iterator[None]:

@@ -22,9 +22,10 @@ from contextlora.errors import AdapterError, RunError
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import gated_layers, trainable_groups
-from contextlora.lora.gates import trainable_ranks
+from contextlora.lora.sharing import Plan
 from contextlora.models.inputs import FEATURES, ImageFeatures
-from contextlora.training.loop import Stage, stages, training_examples
+from contextlora.training.loop import Stage, training_examples
+from contextlora.training.plan import planned
 from contextlora.training.prefix import GROUP, FrozenPrefix
 from contextlora.training.runs import RunFolder
 from contextlora.training.session import Session, open_session
@@ -88,10 +89,11 @@ def check_run(
         ContextLoRAError: the first thing that would stop the run: configuration, graph, data, an image, the model.
     """
     graph, folder = TaskGraph.load(config.graph_path), RunFolder(config.out)
-    plan = stages(graph, tasks, config.train)
+    plan = planned(graph, tasks, config.train)
+    stages = [[t for run in runs for t in run] for runs in plan.stages]
     everything = load_examples(config.data, graph)
     examples = training_examples(config.data, graph, config.train)
-    counts = _counts(graph, everything, [t for stage in plan for t in stage])
+    counts = _counts(graph, everything, [t for names in stages for t in names])
     images = {e.image for e in everything if e.image is not None}
     for image in images:
         check_image(image)
@@ -99,17 +101,17 @@ def check_run(
     session = open_session(config, fresh=tasks is None, exact=True)
     say(f"timing {TIMED_UPDATES} updates and a pass of the frozen prefix")
     probe = _Probe(session, examples, config.train)
-    cost = probe.measure(plan[0])
-    updates = [_stage(probe, names, cost) for names in plan]
+    cost = probe.measure(plan)
+    updates = [_stage(probe, names, cost) for names in stages]
     new_images = _without_features(session, images)
-    prefix_tokens = [probe.prefix_tokens(names) for names in plan]
+    prefix_tokens = [probe.prefix_tokens(names) for names in stages]
     seconds = {
         "image features": cost.image * new_images,
         "frozen prefix": cost.prefix * sum(prefix_tokens),
         "updates": sum(u["seconds"] for u in updates),
     }
     memory = {
-        **_weights(session, plan, config.train),
+        **_weights(session, plan),
         "activations of a step": cost.activations,
         "prefix cache": min(int(config.train.prefix_cache_gb * 2**30), probe.token_bytes * max(prefix_tokens)),
         "image features": cost.image_bytes * len(images),
@@ -152,13 +154,14 @@ class _Probe:
         """Tokens of one stage that pass the layers below the lowest block once, and are kept while it trains."""
         return sum(len(s) for t in tasks for s in self.samples(t)) if self.prefix.depth else 0
 
-    def measure(self, tasks: Sequence[str]) -> _Cost:
-        """Two real updates of one stage, after one that warms up; the blocks are changed by it."""
+    def measure(self, plan: Plan) -> _Cost:
+        """Two real updates of the first stage, after one that warms up; the blocks are changed by it."""
         image, image_bytes = self._image()
+        tasks = [t for run in plan.stages[0] for t in run]
         few = self.config.batch_size * (TIMED_UPDATES + 1)
         shown = {e.id: e for t in tasks for e in [x for x in self.examples if t in x.answers][:few]}
         config = self.config.model_copy(update={"accumulate": 1, "context": "none", "epochs": TIMED_UPDATES + 1})
-        stage = Stage(self.session.reader, self.prefix, list(shown.values()), tasks, config)
+        stage = Stage(self.session.reader, self.prefix, list(shown.values()), plan.stages[0], plan, config)
         activations = _saved_bytes(self.session.model, lambda: stage.update(0))
         timed = range(1, min(stage.total, TIMED_UPDATES + 1))
         tokens = sum(len(s) for r in stage.runs for k in timed if k < r.total for b in r.micro_batches(k) for s in b)
@@ -218,12 +221,15 @@ def _counts(graph: TaskGraph, examples: Sequence[Example], wanted: Sequence[str]
     return rows
 
 
-def _weights(session: Session, plan: Sequence[Sequence[str]], config: TrainConfig) -> dict[str, int]:
+def _weights(session: Session, plan: Plan) -> dict[str, int]:
     """Bytes of the base, of the blocks, and of gradients and AdamW's two moments for the largest stage."""
     layers = gated_layers(session.model).values()
     blocks = sum(m.nbytes for layer in layers for m in (layer.A, layer.B))
     a_rank = blocks // session.graph.total_rank
-    ranks = [sum(sum(trainable_ranks(session.graph, t, config.frozen_ratio).values()) for t in names) for names in plan]
+    learns = plan.training.learns
+    ranks = [
+        sum(max(learns[t].get(o, 0) for run in runs for t in run) for o in session.graph.names) for runs in plan.stages
+    ]
     inside = {m.data_ptr() for layer in layers for m in (layer.A, layer.B)}
     base = {t.data_ptr(): t.nbytes for t in (*session.model.parameters(), *session.model.buffers())}
     weights = sum(n for at, n in base.items() if at not in inside)

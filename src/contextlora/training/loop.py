@@ -26,10 +26,11 @@ from contextlora.evaluation.evaluate import Answers, context_for
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import attach, attached_state, gated_layers, graph_of, trainable_groups
-from contextlora.lora.gates import trainable_ranks
+from contextlora.lora.sharing import Plan, Sharing
 from contextlora.models import fingerprint
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import checkpoint
+from contextlora.training.plan import planned
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.step import TaskRun
 from contextlora.training.track import Tracker
@@ -76,7 +77,7 @@ def train(
     _check_blocks(model, graph)
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
-    plan = stages(graph, tasks, config)
+    plan = planned(graph, tasks, config)
     data_sha256 = data_hash(data)  # reads every image: once
     run = run_id(graph, plan, config, data_sha256, model)
     folder = Path(out) / "checkpoints"
@@ -85,21 +86,21 @@ def train(
         checkpoint.clear(folder)
     with (
         tracker or Tracker(Path(out)) as watch,
-        _learning_ends(model),
+        _learning_ends(model, plan.answering),
         _recomputing(model, config.activation_checkpointing),
         _ctrl_c() as stop,
     ):
-        for index, names in enumerate(plan):
+        for index, runs in enumerate(plan.stages):
             if start is not None and index < start.stage:
                 continue
             here = start if start is not None and index == start.stage else None
             prefix = FrozenPrefix(reader, int(config.prefix_cache_gb * 2**30))
-            stage = Stage(reader, prefix, examples, names, config, given=here.given if here else None)
+            stage = Stage(reader, prefix, examples, runs, plan, config, given=here.given if here else None)
             first = here.update if here else 0
             if here:
                 stage.restore(here.tensors)
             start = here = None  # its tensors are copied
-            watch.stage(f"[{index + 1}/{len(plan)}] {', '.join(names)}", stage.total, first)
+            watch.stage(f"[{index + 1}/{len(plan.stages)}] {', '.join(r.name for r in stage.runs)}", stage.total, first)
             for update in range(first, stage.total):
                 losses = stage.update(update)
                 watch.log(update, {"stage": index, "loss": losses})
@@ -110,27 +111,10 @@ def train(
                     checkpoint.save(folder, at)
                 if stop.is_set():
                     raise RunError("E514", f"stopped after update {update + 1}; go on with --resume", where=out)
-    Adapter.of(model, seed=config.seed, data=data_sha256, context=config.context).save(Path(out) / "adapter")
+    if config.method == "paper":  # blocks of a rival do not answer along the graph: nothing to deploy
+        Adapter.of(model, seed=config.seed, data=data_sha256, context=config.context).save(Path(out) / "adapter")
     checkpoint.clear(folder)
     return model
-
-
-def stages(graph: TaskGraph, tasks: Iterable[str] | None, config: TrainConfig) -> list[list[str]]:
-    """The tasks that train together, stage after stage.
-
-    With `schedule: level` these are the levels S_1..S_L. With `sequential`, and in a level where delta > 0 lets two
-    tasks tune ranks of the same prerequisite, one task at a time in declared order (Algorithm 1).
-    """
-    wanted = set(graph.names if tasks is None else tasks)
-    for name in wanted:
-        graph.task(name)
-    levels = [[t for t in level if t in wanted] for level in graph.levels()]
-    plan: list[list[str]] = []
-    for level in filter(None, levels):
-        owners = [o for t in level for o in trainable_ranks(graph, t, config.frozen_ratio)]
-        together = config.schedule == "level" and len(owners) == len(set(owners))
-        plan += [level] if together else [[t] for t in level]
-    return plan
 
 
 def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -> list[Example]:
@@ -144,7 +128,7 @@ def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -
     return label_noise(examples, graph, config.label_noise, config.seed) if config.label_noise else examples
 
 
-def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data_sha256: str, model: nn.Module) -> str:
+def run_id(graph: TaskGraph, plan: Plan, config: TrainConfig, data_sha256: str, model: nn.Module) -> str:
     """Identifies a run: a checkpoint of another configuration, graph, data or base model must not be resumed.
 
     The prefix cache counts too: what is computed with other samples may round differently.
@@ -152,14 +136,16 @@ def run_id(graph: TaskGraph, plan: list[list[str]], config: TrainConfig, data_sh
     settings = config.model_dump(exclude={"checkpoint_every"})
     layers = [(path, str(layer.A.dtype)) for path, layer in gated_layers(model).items()]
     base = [fingerprint(model), str(next(model.parameters()).dtype), layers]
-    what = [graph.to_dict(), plan, settings, data_sha256, base]
+    what = [graph.to_dict(), plan.stages, settings, data_sha256, base]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 
 class Stage:
-    """Tasks that train together: their runs, and one update of all of them.
+    """Runs that train side by side, and one update of all of them.
 
     Args:
+        runs: the tasks of each.
+        plan: which blocks are on, and which learn.
         given: the prerequisites' answers (`context: predicted`) where they are known already; a stage that is resumed
             must not ask again, because with delta > 0 the prerequisites have moved since.
 
@@ -173,24 +159,25 @@ class Stage:
         reader: ImageFeatures,
         prefix: FrozenPrefix,
         examples: Sequence[Example],
-        tasks: Sequence[str],
+        runs: Sequence[Sequence[str]],
+        plan: Plan,
         config: TrainConfig,
         given: dict[str, Answers] | None = None,
     ):
-        self.model, self.reader, self.prefix = reader.model, reader, prefix
-        graph = reader.encoder.graph
-        groups = trainable_groups(self.model, tasks, frozen_ratio=config.frozen_ratio)
+        self.model, self.reader, self.prefix, self.penalty = reader.model, reader, prefix, plan.penalty
+        groups = trainable_groups(self.model, [t for tasks in runs for t in tasks], plan.training)
         self.given: dict[str, Answers] = given or {}
         self.runs: list[TaskRun] = []
-        for task in tasks:
-            owners = trainable_ranks(graph, task, config.frozen_ratio)
-            samples = _samples(reader, examples, task, config.context, self.given)
+        for tasks in runs:
+            owners = dict.fromkeys(o for t in tasks for o in plan.training.learns[t])
+            samples = [s for t in tasks for s in _samples(reader, examples, t, config.context, self.given)]
             prefix.admit(samples)
-            self.runs.append(TaskRun(task, samples, [p for o in owners for p in groups[o]], config))
+            self.runs.append(TaskRun(tasks, samples, [p for o in owners for p in groups[o]], config))
+        self._run_of = {t: r.name for r in self.runs for t in r.tasks}
         self.total = max(run.total for run in self.runs)
 
     def update(self, update: int) -> dict[str, float]:
-        """One update of every task that still has one; returns the loss of each. Raises RunError E511, E515."""
+        """One update of every run that still has one; returns the loss of each. Raises RunError E511, E515."""
         runs = [r for r in self.runs if update < r.total]
         losses = self._gradients(runs, update)
         try:
@@ -206,28 +193,32 @@ class Stage:
         return losses
 
     def _gradients(self, runs: Sequence[TaskRun], update: int) -> dict[str, float]:
-        """Adds up the gradients of one update's micro-batches, task k of each in one batch; returns the losses."""
-        micro = {r.task: r.micro_batches(update) for r in runs}
+        """Adds up the gradients of one update's micro-batches, the k-th of every run in one; returns the losses."""
+        micro = {r.name: r.micro_batches(update) for r in runs}
         tokens = {t: sum(len(s.answer) for batch in batches for s in batch) for t, batches in micro.items()}
         losses = dict.fromkeys(tokens, 0.0)
         for parts in zip_longest(*micro.values(), fillvalue=[]):
             batch = collate([s for part in parts for s in part], self.reader.encoder.pad)
             for task, value in self._backward(batch, tokens).items():
                 losses[task] += value
+        if self.penalty:
+            for r in runs:
+                self.penalty(gated_layers(self.model).values(), r.name).backward()  # type: ignore[no-untyped-call]
         return losses
 
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
-        """Adds the gradients of sum over tasks of (sum of its answer tokens' loss / number of them in this update)."""
+        """Adds the gradients of sum over runs of (sum of its answer tokens' loss / number of them in this update)."""
         inputs = self.reader.inputs(batch)
         with self.model.tasks(batch.tasks), self.prefix.replay(batch, inputs):  # type: ignore[operator]
             nll = answer_nll(self.model, inputs, batch)
         by_sample = nll.new_zeros(len(batch.samples)).index_add(0, batch.owner.to(nll.device), nll)
-        share = nll.new_tensor([1 / tokens[t] for t in batch.tasks])
+        names = [self._run_of[t] for t in batch.tasks]
+        share = nll.new_tensor([1 / tokens[n] for n in names])
         weighted = by_sample * share
         weighted.sum().backward()  # type: ignore[no-untyped-call]
         values: dict[str, float] = {}
-        for task, value in zip(batch.tasks, weighted.tolist(), strict=True):
-            values[task] = values.get(task, 0.0) + value
+        for name, value in zip(names, weighted.tolist(), strict=True):
+            values[name] = values.get(name, 0.0) + value
         return values
 
     def tensors(self) -> dict[str, Tensor]:
@@ -272,12 +263,12 @@ def _samples(
 
 
 @contextmanager
-def _learning_ends(model: nn.Module) -> Iterator[None]:
-    """However the block ends, no parameter learns and no gradient is left after it."""
+def _learning_ends(model: nn.Module, answering: Sharing) -> Iterator[None]:
+    """However the block ends, no parameter learns, no gradient is left, and tasks answer under `answering`."""
     try:
         yield
     finally:
-        trainable_groups(model, [])
+        trainable_groups(model, [], answering)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One task's share of training: its parameters, optimizer, schedule and order of samples. Nothing here is global."""
+"""One run: its parameters, optimizer, schedule and order of samples. Nothing here is global."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlora.errors import RunError
 
 
 class TaskRun:
-    """The training of one task.
+    """The training of one task, or with some methods of several that share one optimizer.
 
     Clipping, learning rate and optimizer state are the task's own, so that tasks which train together do what they
     would do one after another (SEMANTICS section 2).
@@ -24,10 +24,13 @@ class TaskRun:
         total: number of updates, epochs x ceil(samples / (batch_size x accumulate)).
     """
 
-    def __init__(self, task: str, samples: Sequence[Sample], parameters: list[nn.Parameter], config: TrainConfig):
-        if not samples:
+    def __init__(
+        self, tasks: Sequence[str], samples: Sequence[Sample], parameters: list[nn.Parameter], config: TrainConfig
+    ):
+        for task in {*tasks} - {s.task for s in samples}:
             raise RunError("E510", f"task '{task}' has no training sample; add answers or leave it out (--tasks)")
-        self.task, self.samples, self.parameters, self.config = task, samples, parameters, config
+        self.tasks, self.samples, self.parameters, self.config = tuple(tasks), samples, parameters, config
+        self.name = "+".join(tasks)
         self.lengths = [len(s) for s in samples]
         self.per_epoch = math.ceil(len(samples) / (config.batch_size * config.accumulate))
         self.total = config.epochs * self.per_epoch
@@ -39,7 +42,7 @@ class TaskRun:
         epoch, at = divmod(update, self.per_epoch)
         c = self.config
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, epoch_batches(self.lengths, c.batch_size, seed=c.seed, task=self.task, epoch=epoch))
+            self._epoch = (epoch, epoch_batches(self.lengths, c.batch_size, seed=c.seed, task=self.name, epoch=epoch))
         batches = self._epoch[1][at * c.accumulate : (at + 1) * c.accumulate]
         return [[self.samples[i] for i in batch] for batch in batches]
 
@@ -55,7 +58,7 @@ class TaskRun:
         """Clips the task's gradient norm. Raises RunError E511 if it is not finite, before any task was changed."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise RunError("E511", f"gradient of task '{self.task}' is {norm} at update {update}; nothing applied")
+            raise RunError("E511", f"gradient of task '{self.name}' is {norm} at update {update}; nothing applied")
 
     def step(self, update: int) -> None:
         """Applies the gradients."""
@@ -69,7 +72,7 @@ class TaskRun:
     def state(self) -> dict[str, Tensor]:
         """Optimizer state as named tensors."""
         return {
-            f"optimizer|{self.task}|{i}|{key}": value
+            f"optimizer|{self.name}|{i}|{key}": value
             for i, p in enumerate(self.parameters)
             for key, value in self.optimizer.state[p].items()
         }
@@ -77,7 +80,7 @@ class TaskRun:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `state` gave."""
         for name, value in tensors.items():
-            if name.startswith(f"optimizer|{self.task}|"):
+            if name.startswith(f"optimizer|{self.name}|"):
                 i, key = name.split("|")[2:]
                 p = self.parameters[int(i)]
                 self.optimizer.state[p][key] = value.to(p.device, copy=True)

@@ -55,6 +55,9 @@ def run_training(
     Raises:
         RunError: E521 if a finished run would be overwritten, E522 an interrupted one; as `train`.
     """
+    if config.train.method != "paper":
+        text = f"'{config.train.method}' makes no adapter to deploy; `contextlora report` compares it. Use: paper"
+        raise ConfigError("E114", text, where="train.method")
     graph, folder = TaskGraph.load(config.graph_path), RunFolder(config.out)
     named = list(tasks) if tasks is not None else folder.facts().get("tasks") if resume else None
     wanted = _wanted(graph, named, folder)

@@ -1,0 +1,26 @@
+"""LoRA (Hu et al. 2021): one adapter for all tasks, or one for each.
+
+`joint` is the papers' multi-task baseline: all R ranks are on and trained for every sample (gate 1, SEMANTICS section
+1), one optimizer over the shuffled samples of all tasks. `per_task` is LoRA as most people deploy it: r_v ranks for
+each task alone, the graph ignored; it is also hard routing by a perfect router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from contextlora.graph import TaskGraph
+from contextlora.lora.sharing import Plan, Sharing
+
+
+def joint(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+    """Every block on and learning for every task; one run."""
+    ranks = {t: graph.rank_of(t) for t in graph.names}
+    sharing = Sharing(dict.fromkeys(graph.names, graph.names), dict.fromkeys(graph.names, ranks))
+    return Plan(((tuple(tasks),),), sharing, sharing)
+
+
+def per_task(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+    """Every task its own block and nothing else; all side by side."""
+    sharing = Sharing({t: (t,) for t in graph.names}, {t: {t: graph.rank_of(t)} for t in graph.names})
+    return Plan((tuple((t,) for t in tasks),), sharing, sharing)

@@ -1,0 +1,38 @@
+"""O-LoRA (Wang et al. 2023): tasks one after another, each in ranks kept orthogonal to those of the tasks before.
+
+While task k trains, the blocks of tasks 1..k-1 are on and frozen, and the loss gains lambda sum |A_i A_k^T| over the
+earlier tasks i, summed over layers (its eq. 8; SEMANTICS section 1). Afterwards every block is on for every task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from contextlora.graph import TaskGraph
+from contextlora.lora.layer import GatedLinear
+from contextlora.lora.sharing import Plan, Sharing
+
+LAMBDA = 0.5  # of the authors' released configuration
+
+
+def one_after_another(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+    """Declared order, old blocks on and frozen."""
+    names = graph.names
+    so_far = {t: names[: i + 1] for i, t in enumerate(names)}
+    own = {t: {t: graph.rank_of(t)} for t in names}
+    return Plan(
+        tuple(((t,),) for t in tasks), Sharing(so_far, own), Sharing(dict.fromkeys(names, names), own), orthogonality
+    )
+
+
+def orthogonality(layers: Iterable[GatedLinear], task: str) -> Tensor:
+    """lambda sum over layers of sum |A_old A_task^T|; its gradient reaches A_task alone."""
+    total = torch.zeros(())
+    for layer in layers:
+        start = layer.graph.block(task).start
+        if start:
+            total = total + (layer.A[:start].detach() @ layer.learning[f"{task}_A"].T).abs().sum()
+    return LAMBDA * total

@@ -1,0 +1,68 @@
+"""Which blocks each task uses and which ranks of them it trains: what tells methods on the gated layer apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from contextlora.errors import ConfigError
+from contextlora.graph import TaskGraph
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The gate of every task (SEMANTICS section 1, column "gate").
+
+    Attributes:
+        active: by task, the blocks that are on, in declared order.
+        learns: by task, how many leading ranks of which blocks its samples may train.
+    """
+
+    active: Mapping[str, tuple[str, ...]]
+    learns: Mapping[str, Mapping[str, int]]
+
+    @cached_property
+    def stamp(self) -> int:
+        """A number that two sharings have in common only if they are alike."""
+        return hash(repr((dict(self.active), {t: dict(n) for t, n in self.learns.items()})))
+
+
+def along_graph(graph: TaskGraph, frozen_ratio: float | None = None) -> Sharing:
+    """ContextLoRA: a task and its prerequisites are on; the task's block learns, and delta of its prerequisites'."""
+    return Sharing(
+        {t: graph.active(t) for t in graph.names}, {t: trainable_ranks(graph, t, frozen_ratio) for t in graph.names}
+    )
+
+
+def trainable_ranks(graph: TaskGraph, task: str, frozen_ratio: float | None = None) -> dict[str, int]:
+    """How many leading ranks of which blocks learn when `task` trains along the graph.
+
+    W[v] learns whole, and of each p in P(v) the first round(delta r_p) ranks, delta = 1 - frozen_ratio.
+    """
+    ratio = graph.frozen_ratio if frozen_ratio is None else frozen_ratio
+    if not 0 <= ratio <= 1:
+        raise ConfigError("E110", f"frozen_ratio is a share between 0 and 1, got {ratio}")
+    partly = {p: round((1 - ratio) * graph.rank_of(p)) for p in graph.prerequisites(task)}
+    return {p: n for p, n in {**partly, task: graph.rank_of(task)}.items() if n}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method laid out for one graph: who trains when, and which blocks are on.
+
+    Attributes:
+        stages: one after another; in each the runs that train side by side, each with an optimizer of its own over
+            the samples of its tasks.
+        training: the gates while training.
+        answering: the gates ever after.
+        penalty: added to a task's loss, given the gated layers and the task.
+    """
+
+    stages: tuple[tuple[tuple[str, ...], ...], ...]
+    training: Sharing
+    answering: Sharing
+    penalty: Callable[[Iterable[Any], str], Tensor] | None = None
