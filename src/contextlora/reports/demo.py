@@ -23,6 +23,7 @@ from contextlora.training.whole import run_training
 
 # The demo's own numbers: chosen for ten minutes on two cores, not the paper's Table II.
 PICTURES: dict[str, Any] = {"train": 1000, "valid": 50, "test": 200}
+SEED = 1  # of the pictures: how hard they are to tell was tuned on those of seed 0
 TRAIN: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 4,
@@ -92,7 +93,7 @@ def demo(
     say(f"1. drawing {sum(sizes.values())} pictures of scene '{scene}' into {config.data}")
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.phase("draw pictures"), counting(silent) as count:
-        build(scene, config.data, **sizes, progress=lambda done, total: count("drawing", done, total))
+        build(scene, config.data, **sizes, seed=SEED, progress=lambda done, total: count("drawing", done, total))
     graph = TaskGraph.load(config.graph_path)
     last = graph.levels()[-1][-1]
     say("2. training " + ", then ".join(" + ".join(level) for level in graph.levels()))
