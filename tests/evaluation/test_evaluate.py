@@ -189,7 +189,8 @@ def test_evaluate_reports_the_metric_of_its_answers(folders):
         table = [module.score(found.answers[task][e.id], e.answers[task]) for e in examples]
         assert accuracy.mean == pytest.approx(sum(table) / 9)
         assert accuracy.count == 9
-    assert seen == [(9, 27), (18, 27), (27, 27)]
+    assert seen == sorted(set(seen))
+    assert {(9, 27), (18, 27), (27, 27)} <= set(seen)
     some = evaluate(model, processor, graph(), data=data, tasks=["action"])
     assert some.accuracy == {"action": found.accuracy["action"]}
 

@@ -129,12 +129,12 @@ def test_vision_fingerprint_covers_tower_and_projector_alone(llava):
 
 def test_no_such_folder(tmp_path):
     for name in (tmp_path / "none", "./none", "a/b/c", "~/surely/not/there"):
-        with pytest.raises(AdapterError, match=r"E302 .*no such folder"):
+        with pytest.raises(AdapterError, match=r"E332 .*no such folder"):
             load_model(name)
 
 
 def test_folder_without_a_model(tmp_path):
-    with pytest.raises(AdapterError, match=r"E302 .*no config\.json"):
+    with pytest.raises(AdapterError, match=r"E332 .*no config\.json"):
         load_model(tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_without_a_network_an_unknown_id_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub tries again, slower every time
-    with pytest.raises(AdapterError, match=r"E302 smoll: .*Did you mean 'smol'\?.*Known without a network") as caught:
+    with pytest.raises(AdapterError, match=r"E332 smoll: .*Did you mean 'smol'\?.*Known without a network") as caught:
         load_model("smoll")
     assert caught.value.__cause__ is None
     assert "\n" not in str(caught.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def start_project(
     llava: Path | None = None,
     instructions: Sequence[Path] | None = None,
     sizes: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Makes `folder`/config.yaml and `folder`/data, and never overwrites anything.
 
@@ -70,6 +71,7 @@ def start_project(
         llava: import LLaVA conversations.
         instructions: import instruction JSON.
         sizes: of a scene: train, valid, test and seed.
+        progress: called with (pictures drawn, of how many).
 
     Returns:
         The path of config.yaml.
@@ -89,7 +91,7 @@ def start_project(
         raise ConfigError("E109", "there is a project here already; name a new folder", where=folder)
     folder.mkdir(parents=True, exist_ok=True)
     if scene:
-        build(scene, data, **(sizes or {}))
+        build(scene, data, **(sizes or {}), progress=progress)
     elif yolo and recipe:
         import_yolo(yolo, recipe, data)
     elif llava:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -84,12 +85,16 @@ def evaluate(
     for task in (t for level in graph.levels() for t in level if t in wanted):
         asked = [e for e in examples if task in e.answers]
         known = context_for(reader, asked, task, ways, result.answers)
-        result.answers[task] = answer(reader, asked, task, method=method, known=known)
+        seen = partial(_count, progress, done, total)
+        result.answers[task] = answer(reader, asked, task, method=method, known=known, progress=seen)
         result.accuracy[task] = Accuracy.of([score(result.answers[task][e.id], e.answers[task]) for e in asked])
         done += len(asked)
-        if progress:
-            progress(done, total)
     return result
+
+
+def _count(progress: Callable[[int, int], None] | None, before: int, total: int, done: int) -> None:
+    if progress:
+        progress(before + done, total)
 
 
 def context_for(
@@ -123,8 +128,12 @@ def answer(
     *,
     method: Method = "likelihood",
     known: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Answers:
-    """Answers one task for each example, by example id. A task without options, or with too many sets, is generated."""
+    """Answers one task for each example, by example id. A task without options, or with too many sets, is generated.
+
+    `progress` is called with the number of examples answered so far.
+    """
     encoder = reader.encoder
     candidates = option_sets(encoder.graph, task)
     samples = [encoder.sample(e, task, known=(known or {}).get(e.id)) for e in examples]
@@ -140,6 +149,8 @@ def answer(
                 best = score_options(reader, batch, candidates).argmax(1).tolist()
                 chosen = [candidates[b] for b in best]
             found |= {examples[i].id: c for i, c in zip(part, chosen, strict=True)}
+            if progress:
+                progress(len(found))
     return found
 
 

@@ -23,6 +23,7 @@ from contextlora.models import load_model, vision_fingerprint
 from contextlora.models.hub import quiet
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.runs import RunFolder
+from contextlora.training.track import counting
 
 Say = Callable[[str], None]
 
@@ -121,26 +122,28 @@ def measure(
     context: str | None = None,
     folder: RunFolder | None = None,
     name: str = "after",
-    progress: Callable[[int, int], None] | None = None,
+    silent: bool = True,
 ) -> Evaluation:
     """Accuracy on a split; with `folder` kept in its evaluation.json and, as "after", in its adapter.
 
     `context` is as in `evaluate`; None asks each task as it was trained, prerequisites' own answers in place of labels.
+    `silent` shows no progress bar.
     """
     ways = {t: context or _trained_context(session, t) for t in session.graph.names}
     known = [t for t in session.graph.names if session.adapter is None or t in session.adapter.blocks]
-    result = evaluate(
-        session.model,
-        session.processor,
-        session.graph,
-        data=data,
-        split=split,
-        tasks=known if tasks is None else tasks,
-        method=method,
-        context=ways,
-        features=session.reader,
-        progress=progress,
-    )
+    with counting(silent) as count:
+        result = evaluate(
+            session.model,
+            session.processor,
+            session.graph,
+            data=data,
+            split=split,
+            tasks=known if tasks is None else tasks,
+            method=method,
+            context=ways,
+            features=session.reader,
+            progress=lambda done, total: count(f"measuring on {split}", done, total),
+        )
     if folder is not None:
         examples = load_examples(data, session.graph)
         parts = [[e for e in examples if e.split == s] for s in ("train", split)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -28,15 +30,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _open_whole(folder / "metrics.jsonl")
         self._sinks = [_sink(name, folder) for name in trackers]
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
+        self._bar = _bar(quiet)
         self._row: Any = None
 
     def __enter__(self) -> Tracker:
@@ -64,6 +58,32 @@ class Tracker:
         self._file.flush()
         for sink in self._sinks:
             sink.log(step, values)
+
+
+@contextmanager
+def counting(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars for work that is only counted: call what it gives with (what, done, total)."""
+    rows: dict[str, Any] = {}
+    with _bar(quiet) as bar:
+
+        def count(what: str, done: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bar.add_task(what, total=total, note="")
+            bar.update(rows[what], completed=done)
+
+        yield count
+
+
+def _bar(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
 
 
 def _open_whole(path: Path) -> TextIO:

@@ -21,7 +21,7 @@ from contextlora.training.align import align
 from contextlora.training.loop import train, training_examples
 from contextlora.training.runs import RunFolder
 from contextlora.training.session import Session, is_model, measure, open_session
-from contextlora.training.track import Tracker
+from contextlora.training.track import Tracker, counting
 
 Say = Callable[[str], None]
 
@@ -70,7 +70,7 @@ def run_training(
     fresh = force and named is None
     with folder.phase("load and align"):
         if fresh or not folder.has_adapter:
-            _align(config, graph, folder, again=not resume, say=say)
+            _align(config, graph, folder, again=not resume, silent=silent, say=say)
         session = open_session(config, fresh=fresh, exact=True)
         folder.begin(config, wanted, resume=resume, fresh=fresh)  # only now is anything thrown away
     _say_what_is_untrained(session, wanted, say)
@@ -80,7 +80,7 @@ def run_training(
     if before and evaluate_on and not (resume and "before" in folder.evaluation()):
         say(f"measuring the untrained model on split {evaluate_on}")
         with folder.phase("evaluate before"):
-            measure(session, config.data, evaluate_on, tasks=wanted, folder=folder, name="before")
+            measure(session, config.data, evaluate_on, tasks=wanted, folder=folder, name="before", silent=silent)
     with folder.phase("train"), Tracker(folder.path, config.trackers, silent) as tracker:
         train(
             session.model,
@@ -101,7 +101,7 @@ def run_training(
     if evaluate_on:
         say(f"measuring the trained model on split {evaluate_on}")
         with folder.phase("evaluate after"):
-            measure(session, config.data, evaluate_on, folder=folder)
+            measure(session, config.data, evaluate_on, folder=folder, silent=silent)
     return session
 
 
@@ -130,7 +130,7 @@ def _writable(config: RunConfig) -> None:
         raise RunError("E523", f"cannot be written: {e.strerror}", where=config.out) from None
 
 
-def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: bool, say: Say) -> None:
+def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: bool, silent: bool, say: Say) -> None:
     """The projector's own stage, before the tasks; its result is a base model of this run's own."""
     if config.align.epochs is None or (is_model(folder.base) and not again):
         return
@@ -138,9 +138,9 @@ def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: boo
     model, processor = load_model(config.model, dtype=config.dtype, device=config.device)
     a = config.align
     examples = training_examples(config.data, graph, config.train)
-    align(
-        model, processor, examples, epochs=config.align.epochs, batch_size=a.batch_size, lr=a.lr, seed=config.train.seed
-    )
+    how: dict[str, Any] = {"epochs": a.epochs, "batch_size": a.batch_size, "lr": a.lr, "seed": config.train.seed}
+    with counting(silent) as count:
+        align(model, processor, examples, **how, progress=count)
     part = folder.path / ".base.part"
     shutil.rmtree(part, ignore_errors=True)
     with quiet():
