@@ -30,9 +30,8 @@ def one_after_another(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
 def orthogonality(layers: Iterable[GatedLinear], task: str) -> Tensor:
     """lambda sum over layers of sum |A_old A_task^T|; its gradient reaches A_task alone."""
-    total = torch.zeros(())
+    found = [torch.zeros(())]
     for layer in layers:
-        start = layer.graph.block(task).start
-        if start:
-            total = total + (layer.A[:start].detach() @ layer.learning[f"{task}_A"].T).abs().sum()
-    return LAMBDA * total
+        if start := layer.graph.block(task).start:
+            found.append((layer.A[:start].detach() @ layer.learning[f"{task}_A"].T).abs().sum())
+    return LAMBDA * torch.stack([x.to(found[-1]) for x in found]).sum()

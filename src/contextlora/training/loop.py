@@ -203,7 +203,9 @@ class Stage:
                 losses[task] += value
         if self.penalty:
             for r in runs:
-                self.penalty(gated_layers(self.model).values(), r.name).backward()  # type: ignore[no-untyped-call]
+                extra = self.penalty(gated_layers(self.model).values(), r.name)
+                if extra.requires_grad:  # the first task has nothing to keep away from
+                    extra.backward()  # type: ignore[no-untyped-call]
         return losses
 
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
