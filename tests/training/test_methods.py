@@ -38,7 +38,7 @@ def test_every_method_trains_the_same_number_of_parameters_and_learns(runs, word
     trained = {(t, n) for stage in plan.stages for run in stage for t in run for n in plan.training.learns[t]}
     assert {n for _, n in trained} == set(ALIKE.names)
     assert sorted(t for stage in plan.stages for run in stage for t in run) == sorted(ALIKE.names)
-    runs.train(model, processor, words, graph=ALIKE, method=method, epochs=12, out=runs.folder / "run")
+    runs.train(model, processor, words, graph=ALIKE, method=method, epochs=40, out=runs.folder / "run")
     after = runs.blocks(model)
     assert all(not torch.equal(start[k], after[k]) for k in start), "every block has learned"
     assert not any(p.requires_grad for p in model.parameters())
