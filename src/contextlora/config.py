@@ -24,6 +24,12 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 
 
+Rival = Literal[
+    "lora", "lora-per-task", "hard-routing", "o-lora", "hydralora", "mole", "mole-joint", "lori-d", "lori-s"
+]
+Method = Literal["paper"] | Rival
+
+
 class AlignConfig(Strict):
     """The projector's own stage, before the tasks (SEMANTICS: whatever tasks share is frozen while they train).
 
@@ -46,7 +52,7 @@ class TrainConfig(Strict):
         lr: peak learning rate, cosine decay to zero after a linear warm-up over `warmup_ratio` of the updates.
         max_grad_norm: gradient clipping, per task; 0 turns it off.
         accumulate: micro-batches of batch_size for one update.
-        method: "paper" is ContextLoRA as published; "lora", "lora-per-task" and "o-lora" are rivals on the same layer.
+        method: "paper" is ContextLoRA as published; the others are rivals to compare with (`contextlora.baselines`).
         schedule: "level" trains all tasks of a level together, "sequential" one task after another (Algorithm 1).
         frozen_ratio: 1 - delta; None takes the graph's.
         context: whether prerequisite answers enter the prompt: "none", "gold" (labels) or "predicted" (own answers).
@@ -66,7 +72,7 @@ class TrainConfig(Strict):
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
-    method: Literal["paper", "lora", "lora-per-task", "o-lora"] = "paper"
+    method: Method = "paper"
     schedule: Literal["level", "sequential"] = "level"
     frozen_ratio: Share | None = None
     context: Literal["none", "gold", "predicted"] = "none"

@@ -14,8 +14,8 @@ from contextlora.data.collate import Encoder, collate
 from contextlora.data.records import load_examples
 from contextlora.errors import DataError, RunError
 from contextlora.evaluation.evaluate import evaluate
-from contextlora.lora.attach import attached_state, gated_layers, trainable_groups
-from contextlora.lora.sharing import along_graph
+from contextlora.lora.attach import attach, attached_state, gated_layers, trainable_groups
+from contextlora.lora.sharing import Phase, along_graph
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import loop
 from contextlora.training.loop import Stage, training_examples
@@ -30,8 +30,8 @@ def stage_of(model, processor, data, tasks, *, graph=None, **config):
     graph = graph or tiny.graph()
     reader = ImageFeatures(model, Encoder(processor, graph))
     examples = training_examples(data, graph, settings)
-    plan = planned(graph, tasks, settings)
-    return Stage(reader, FrozenPrefix(reader, 2**20), examples, [[t] for t in tasks], plan, settings)
+    phase = Phase(tuple((t,) for t in tasks), along_graph(graph, settings.frozen_ratio))
+    return Stage(reader, FrozenPrefix(reader, 2**20), examples, phase, settings)
 
 
 def changed(before, after):
@@ -111,7 +111,7 @@ def test_a_shared_prerequisite_with_delta_trains_one_after_another(runs, words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_ranks_that_may_learn_change(runs, words, ratio, partly, dtype):
     model, processor = tiny.llama(dtype)
-    loop.attach(model, tiny.graph())
+    attach(model, tiny.graph())
     generator = torch.Generator().manual_seed(1)
     for layer in gated_layers(model).values():
         layer.B.copy_(torch.randn(layer.B.shape, generator=generator) * 0.1)

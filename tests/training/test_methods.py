@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import tiny
+from contextlora.baselines import lora
+from contextlora.baselines.beside import even_ranks
+from contextlora.baselines.lori import keep_largest
+from contextlora.baselines.mole import balance
 from contextlora.baselines.olora import LAMBDA, orthogonality
 from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Encoder, collate
-from contextlora.errors import ConfigError
+from contextlora.errors import ConfigError, RunError
 from contextlora.evaluation.evaluate import evaluate
-from contextlora.lora.attach import attached_state, gated_layers
+from contextlora.lora.attach import adapted_layers, attached_state, detach, gated_layers
+from contextlora.lora.gates import GateState
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training.loop import Stage, training_examples
-from contextlora.training.plan import RIVALS, planned
+from contextlora.training.plan import LAYERS, RIVALS, count_trained, planned, prepare
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.whole import run_training
 
@@ -27,47 +34,85 @@ def first_stage(model, processor, data, graph, at=0, **config):
     reader = ImageFeatures(model, Encoder(processor, graph))
     plan = planned(graph, None, settings)
     examples = training_examples(data, graph, settings)
-    return Stage(reader, FrozenPrefix(reader, 0), examples, plan.stages[at], plan, settings)
+    return Stage(reader, FrozenPrefix(reader, 0), examples, plan.phases[at], settings)
 
 
-@pytest.mark.parametrize("method", ["paper", *RIVALS])
-def test_every_method_trains_the_same_number_of_parameters_and_learns(runs, words, method):
-    model, processor = runs.attached(graph=ALIKE)
-    start = runs.blocks(model)
-    plan = planned(ALIKE, None, TrainConfig(method=method))
-    trained = {(t, n) for stage in plan.stages for run in stage for t in run for n in plan.training.learns[t]}
-    assert {n for _, n in trained} == set(ALIKE.names)
-    assert sorted(t for stage in plan.stages for run in stage for t in run) == sorted(ALIKE.names)
+METHODS = ["paper", *RIVALS]
+
+
+def prepared(method, graph=ALIKE, seed=0, dtype=torch.float64):
+    model, processor = tiny.llama(dtype)
+    prepare(model, graph, TrainConfig(method=method, seed=seed))
+    return model, processor
+
+
+def everything(model):
+    return {(path, n): t.clone() for path, m in adapted_layers(model).items() for n, t in m.tensors().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_as_many_parameters_and_learns(runs, words, method):
+    """The conformance test: one interface, one budget, nothing left learning, and answers better than chance."""
+    model, processor = prepared(method)
+    config = TrainConfig(method=method)
+    plan, start = planned(ALIKE, None, config), everything(model)
+    blocks = sum(12 * (m.in_features + m.out_features) for m in adapted_layers(model).values())
+    assert count_trained(model, plan) == pytest.approx(blocks, rel=0.02)
+    assert {t for phase in plan.phases for t in phase.tasks} == set(ALIKE.names)
     runs.train(model, processor, words, graph=ALIKE, method=method, epochs=40, out=runs.folder / "run")
-    after = runs.blocks(model)
-    assert all(not torch.equal(start[k], after[k]) for k in start), "every block has learned"
+    after = everything(model)
+    assert all(k[1] == "mask" or not torch.equal(start[k], after[k]) for k in start), "all of it has learned"
     assert not any(p.requires_grad for p in model.parameters())
     answers = evaluate(model, processor, ALIKE, data=words, split="train").accuracy
-    last = plan.stages[-1][-1][-1]  # earlier ones may be forgotten: with O-LoRA they are
+    last = plan.phases[-1].runs[-1][-1]  # earlier ones may be forgotten: with O-LoRA they are
     assert answers[last].mean > 0.6
     assert (runs.folder / "run" / "adapter").exists() == (method == "paper")
     assert attached_state(model).sharing == plan.answering
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_untrained_or_outside_any_task_a_model_is_its_base(words, method):
+    model, processor = prepared(method)
+    base, _ = tiny.llama(torch.float64)
+    reader = ImageFeatures(model, Encoder(processor, ALIKE))
+    examples = training_examples(words, ALIKE, TrainConfig())[:3]
+    batch = collate([reader.encoder.sample(e, "weather", answer=e.answers["weather"]) for e in examples], 0)
+    inputs = reader.inputs(batch)
+    plain = answer_nll(base, inputs, batch)
+    assert torch.equal(answer_nll(model, inputs, batch), plain)
+    with model.tasks("weather"):
+        assert torch.allclose(answer_nll(model, inputs, batch), plain, rtol=1e-12)
+    detach(model)
+    assert not adapted_layers(model)
+    assert torch.equal(answer_nll(model, inputs, batch), plain)
+
+
 @pytest.mark.parametrize("method", RIVALS)
 def test_a_rival_resumes_bit_for_bit(runs, words, method, monkeypatch):
-    whole = runs.trained(words, graph=ALIKE, method=method, checkpoint_every=1)
-    model, processor = runs.attached(graph=ALIKE)
+    more = {"graph": ALIKE, "method": method, "checkpoint_every": 1}
+    model, processor = prepared(method)
+    whole = everything(runs.train(model, processor, words, **more))
+    model, processor = prepared(method)
     out, update, count = runs.folder / "cut", Stage.update, []
 
     def stops(self, number):
         count.append(1)
-        if len(count) == 5:
+        if len(count) == (9 if method == "lori-s" else 5):  # once the mask stands
             raise KeyboardInterrupt
         return update(self, number)
 
     monkeypatch.setattr(Stage, "update", stops)
     with pytest.raises(KeyboardInterrupt):
-        runs.train(model, processor, words, graph=ALIKE, method=method, checkpoint_every=1, out=out)
-    model, processor = runs.attached(graph=ALIKE)
-    runs.train(model, processor, words, graph=ALIKE, method=method, checkpoint_every=1, out=out, resume=True)
-    again = runs.blocks(model)
+        runs.train(model, processor, words, out=out, **more)
+    model, processor = prepared(method)
+    again = everything(runs.train(model, processor, words, out=out, resume=True, **more))
     assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_a_rival_cannot_ask_untrained_prerequisites(method):
+    with pytest.raises(ConfigError, match=r"E119 train.context: .* use gold or none"):
+        planned(ALIKE, None, TrainConfig(method=method, context="predicted"))
 
 
 def test_joint_lora_is_one_peft_lora_of_the_same_rank(runs, words):
@@ -107,7 +152,7 @@ def test_o_lora_adds_its_penalty_and_leaves_old_blocks(runs, words):
     model, processor = runs.attached(graph=ALIKE, fill=0.1)
     stage = first_stage(model, processor, words, ALIKE, at=1, method="o-lora")
     layers = gated_layers(model).values()
-    value = orthogonality(layers, "light")
+    value = orthogonality(layers, ("light",))
     expected = LAMBDA * sum((la.block("weather")[0] @ la.block("light")[0].T).abs().sum().item() for la in layers)
     assert value.item() == pytest.approx(expected, rel=1e-12)
     value.backward()
@@ -125,3 +170,119 @@ def test_o_lora_adds_its_penalty_and_leaves_old_blocks(runs, words):
 def test_a_rival_is_not_deployed(tmp_path):
     with pytest.raises(ConfigError, match=r"E114 train.method: 'lora' makes no adapter"):
         run_training(RunConfig(out=str(tmp_path), train=TrainConfig(method="lora")))
+
+
+# --- rivals with layers of their own ---------------------------------------------------------------------------------
+
+
+def filled(layer, scale=0.3):
+    generator = torch.Generator().manual_seed(3)
+    for weight in layer.weights.values():
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return layer
+
+
+def one_layer(method, graph=ALIKE, d_in=48, d_out=40):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(d_in, d_out).requires_grad_(False)
+    state = GateState(graph)
+    (layer,) = LAYERS[method](0)({"a.layer": base}, state).values()
+    return filled(layer), state, torch.randn(3, 5, d_in)
+
+
+def test_hydralora_by_hand():
+    layer, state, x = one_layer("hydralora")
+    a, b, router = (layer.weights[f"hydra_{n}"] for n in ("A", "B", "router"))
+    rank = len(a)
+    with state.use(state.gate("weather")):
+        got = layer(x)
+    for i in range(3):
+        for t in range(5):
+            w = torch.softmax(router @ x[i, t], 0)
+            heads = [b[n * rank : (n + 1) * rank].T @ (a @ x[i, t]) for n in range(3)]
+            want = layer.base(x[i, t]) + 2 * sum(w[n] * heads[n] for n in range(3))
+            assert torch.allclose(got[i, t], want, atol=1e-5)
+
+
+def test_mole_mixes_its_experts_by_hand_and_trains_each_alone():
+    layer, state, x = one_layer("mole")
+    said = [2 * (x @ layer.weights[f"{t}_A"].T @ layer.weights[f"{t}_B"]) for t in ALIKE.names]
+    layer.open(dict.fromkeys(ALIKE.names, 4))
+    with state.use(state.gate(["weather", "action", "light"])):
+        alone = layer(x) - layer.base(x)
+    want = torch.stack([said[0][0], said[2][1], said[1][2]])
+    assert torch.allclose(alone, want, atol=1e-5)
+    layer.open({"gate": 1})
+    assert {id(p) for p in layer.owned("gate")} == {id(layer.weights["gate_e"]), id(layer.weights["gate_tau"])}
+    assert not layer.owned("weather")
+    with state.use(state.gate("weather")):
+        mixed = layer(x) - layer.base(x)
+    every = torch.cat(said, -1)
+    normal = (every - every.mean(-1, keepdim=True)) / (every.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    g = torch.softmax(normal @ layer.weights["gate_e"] / layer.weights["gate_tau"], -1)
+    assert torch.allclose(mixed, sum(g[..., n : n + 1] * said[n] for n in range(3)), atol=1e-4)
+    assert balance([layer, layer], ()).item() == pytest.approx(-0.5 * g.mean((0, 1)).log().sum().item(), rel=1e-4)
+
+
+def test_mole_leaves_its_experts_alone_while_the_gate_learns(runs, words):
+    model, processor = prepared("mole")
+    plan = planned(ALIKE, None, TrainConfig(method="mole"))
+    runs.train(model, processor, words, graph=ALIKE, method="mole")
+    trained = everything(model)
+    reader = ImageFeatures(model, Encoder(processor, ALIKE))
+    settings = TrainConfig(method="mole", epochs=1)
+    examples = training_examples(words, ALIKE, settings)
+    stage = Stage(reader, FrozenPrefix(reader, 0), examples, plan.phases[1], settings)
+    stage.update(0)
+    moved = {n for (path, n), t in everything(model).items() if not torch.equal(t, trained[path, n])}
+    assert moved == {"gate_e", "gate_tau"}
+
+
+def test_lori_s_keeps_the_largest_entries_over_all_layers():
+    made = LAYERS["lori-s"](0)
+    bases = {f"l{i}": torch.nn.Linear(24, d).requires_grad_(False) for i, d in enumerate((20, 30))}
+    layers = [filled(m) for m in made(bases, GateState(ALIKE)).values()]
+    layers[0].weights["lori_B"].data *= 0.1  # a threshold for each layer alone would keep half of these
+    every = torch.cat([m.weights["lori_B"].abs().flatten() for m in layers])
+    keep_largest(layers)
+    mask = torch.cat([m.mask.flatten() for m in layers])
+    assert mask.sum() == round(0.5 * len(every))
+    assert every[mask].min() >= every[~mask].max()
+    assert layers[0].mask.float().mean() < 0.2
+    assert not any(m.weights["lori_B"].any() for m in layers)
+
+
+def test_lori_s_never_moves_a_masked_entry(runs, words):
+    model, processor = prepared("lori-s")
+    start = {path: m.A.clone() for path, m in adapted_layers(model).items()}
+    runs.train(model, processor, words, graph=ALIKE, method="lori-s", weight_decay=0.1)
+    for path, m in adapted_layers(model).items():
+        assert torch.equal(m.A, start[path])
+        assert not m.weights["lori_B"][~m.mask].any()
+        assert m.weights["lori_B"][m.mask].any()
+
+
+def test_hard_routing_needs_questions_that_differ():
+    same = tiny.graph(tasks={t: {**v, "question": "what ?"} for t, v in ALIKE.to_dict()["tasks"].items()})
+    with pytest.raises(ConfigError, match=r"E118 'weather' and 'light' ask the same question"):
+        planned(same, None, TrainConfig(method="hard-routing"))
+    assert planned(ALIKE, None, TrainConfig(method="hard-routing")) == lora.per_task(ALIKE, ALIKE.names)
+
+
+@given(st.lists(st.integers(500, 2000), min_size=1, max_size=80), st.floats(4, 200))
+def test_ranks_meet_the_budget_and_are_even(sizes, mean):
+    costs = {str(i): n for i, n in enumerate(sizes)}
+    ranks = even_ranks(costs, mean * sum(sizes))
+    assert max(ranks.values()) - min(ranks.values()) <= 5  # what one layer cannot hold goes to the next, 4 x as thin
+    assert abs(sum(ranks[k] * costs[k] for k in costs) - mean * sum(sizes)) <= sizes[-1] / 2 + 1
+
+
+def test_too_small_a_budget_is_refused():
+    with pytest.raises(ConfigError, match=r"E117 .* raise `rank`"):
+        even_ranks({"a": 10, "b": 10}, 15)
+
+
+def test_the_same_method_must_be_on_the_model(runs, words):
+    model, processor = prepared("hydralora")
+    with pytest.raises(RunError, match="E516"):
+        runs.train(model, processor, words, graph=ALIKE, method="paper")

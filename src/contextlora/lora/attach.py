@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -15,10 +15,11 @@ from torch import nn
 from contextlora.errors import AdapterError, ConfigError, did_you_mean
 from contextlora.graph import TaskGraph
 from contextlora.lora.gates import GateState, carry_gate_into_recompute
-from contextlora.lora.layer import GatedLinear
+from contextlora.lora.layer import AdaptedLinear, GatedLinear
 from contextlora.lora.sharing import Sharing, along_graph
 
 Model = TypeVar("Model", bound=nn.Module)
+Make = Callable[[Mapping[str, nn.Module], GateState], Mapping[str, AdaptedLinear]]
 
 
 def attach(
@@ -29,6 +30,7 @@ def attach(
     targets: Sequence[str] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    make: Make | None = None,
 ) -> Model:
     """Replaces the language model's linear layers by `GatedLinear`, in place, and adds `model.tasks`.
 
@@ -39,6 +41,7 @@ def attach(
         targets: names of linear layers, e.g. ["q_proj", "v_proj"]; None takes all linears of those decoder layers.
         seed: decides the first values of A.
         dtype: of A and B; float32 whatever the model's, as master weights.
+        make: builds other layers instead, for the linears by path: see `baselines`.
 
     Returns:
         The same model. `with model.tasks(names):` sets one task a sample; outside it the model is the base model.
@@ -61,8 +64,11 @@ def attach(
     if not found:
         raise AdapterError("E302", "no linear layer to attach to", where=prefix)
     model.requires_grad_(False)
-    for path, base in found.items():
-        model.set_submodule(path, GatedLinear(base, state, path, seed=seed, dtype=dtype))
+    made = (
+        make(found, state) if make else {p: GatedLinear(m, state, p, seed=seed, dtype=dtype) for p, m in found.items()}
+    )
+    for path, layer in made.items():
+        model.set_submodule(path, layer)
     model.contextlora_state = state  # type: ignore[assignment]
     model.tasks = partial(_tasks, model)  # type: ignore[assignment]
     return model
@@ -79,7 +85,7 @@ def _only(found: dict[str, nn.Module], targets: Sequence[str]) -> dict[str, nn.M
 
 def detach(model: Model) -> Model:
     """Puts the base layers back, in place; a model without blocks is left as it is. Base weights stay frozen."""
-    for path, layer in gated_layers(model).items():
+    for path, layer in adapted_layers(model).items():
         model.set_submodule(path, layer.base)
     for name in ("contextlora_state", "tasks"):
         if name in model.__dict__:
@@ -92,8 +98,13 @@ def attached_state(model: nn.Module) -> GateState | None:
     return model.__dict__.get("contextlora_state")
 
 
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The layers that `attach` put there, whatever the method, by their path in the model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
 def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
-    """The gated layers by their path in the model."""
+    """Those of them that hold blocks of a graph."""
     return {n: m for n, m in model.named_modules() if isinstance(m, GatedLinear)}
 
 
@@ -126,7 +137,7 @@ def trainable_parameters(
 def trainable_groups(
     model: nn.Module, tasks: Iterable[str], sharing: Sharing | None = None
 ) -> dict[str, list[nn.Parameter]]:
-    """As `trainable_parameters`, by the task that owns each block, for any way of sharing blocks."""
+    """As `trainable_parameters`, by owner, for any way of sharing blocks and any method's layers."""
     graph, names = graph_of(model), [tasks] if isinstance(tasks, str) else list(tasks)
     sharing = sharing or along_graph(graph)
     counts: dict[str, int] = {}
@@ -138,10 +149,10 @@ def trainable_groups(
     state = attached_state(model)
     assert state is not None
     state.sharing = sharing
-    layers = gated_layers(model).values()
+    layers = adapted_layers(model).values()
     for layer in layers:
         layer.open(counts)
-    return {o: [layer.learning[f"{o}_{side}"] for layer in layers for side in "AB"] for o in counts}
+    return {o: [p for layer in layers for p in layer.owned(o)] for o in counts}
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

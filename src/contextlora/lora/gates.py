@@ -44,7 +44,7 @@ class Gate:
         at = 0
         for n in on:
             self.columns[n] = range(at, at := at + graph.rank_of(n))
-        self.teaches = tuple(dict.fromkeys(n for t in used for n in sharing.learns[t]))
+        self.teaches = tuple(dict.fromkeys(n for t in used for n in sharing.learns[t] if n in self.columns))
         rows = {t: self._row(graph, t, at, sharing) for t in used}
         self.active = torch.stack([rows[t][0] for t in self.tasks])
         self.learns = torch.stack([rows[t][1] for t in self.tasks])
@@ -56,7 +56,8 @@ class Gate:
         for n in sharing.active[task]:
             active[self.columns[n].start : self.columns[n].stop] = graph.scale_of(n)
         for n, count in sharing.learns[task].items():
-            learns[self.columns[n].start : self.columns[n].start + count] = 1
+            if n in self.columns:  # else a router's, say, which the layer itself looks after
+                learns[self.columns[n].start : self.columns[n].start + count] = 1
         return active, learns
 
     def rows_for(self, x: Tensor) -> tuple[slice | Tensor, Tensor, Tensor]:

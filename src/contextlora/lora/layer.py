@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,17 +19,60 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.gates import Gate, GateState
 
 
-class GatedLinear(nn.Module):
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with something small beside it that learns; every method's layer is one.
+
+    Args:
+        base: the frozen layer, `nn.Linear` or anything with in_features, out_features and a forward. It is called,
+            never copied, so a quantised layer stays as it is.
+        state: the model's shared gate.
+        name: the layer's path in the model.
+    """
+
+    def __init__(self, base: nn.Module, state: GateState, name: str):
+        super().__init__()
+        self.base = base
+        self.name = name
+        self._state = state
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+
+    @property
+    def graph(self) -> TaskGraph:
+        """The tasks that this layer serves."""
+        return self._state.graph
+
+    def open(self, counts: Mapping[str, int]) -> None:
+        """Lets the named owners learn, a block its first so many ranks; everything else is frozen."""
+        raise NotImplementedError
+
+    def owned(self, owner: str) -> list[nn.Parameter]:
+        """What was opened and belongs to `owner`."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training may change, for a checkpoint: the layer's own memory, not copies."""
+        raise NotImplementedError
+
+
+def first_values(seed: int, layer: str, owner: str, shape: tuple[int, int]) -> Tensor:
+    """A's first values as in LoRA (Kaiming, a = sqrt 5: uniform within 1 / sqrt(d_in)), float64, (r, d_in).
+
+    They depend on seed, layer and owner alone: declaring another task does not change them.
+    """
+    digest = hashlib.sha256(f"{seed}|{layer}|{owner}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return (torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(shape[1])
+
+
+class GatedLinear(AdaptedLinear):
     """A frozen linear layer with one low-rank block for each task of a graph.
 
     A and B are buffers: no optimizer can reach them. What may learn is made a Parameter by `open`, as a view of the
     rows that may change and of nothing else, so that even weight decay cannot touch a frozen rank.
 
     Args:
-        base: the frozen layer, `nn.Linear` or anything with in_features, out_features and a forward. It is called,
-            never copied, so a quantised layer stays as it is.
-        state: the model's shared gate.
-        name: the layer's path in the model; with `seed` and the task's name it decides each block's first values.
+        base, state, name: as in `AdaptedLinear`; with `seed` and a task's name, `name` decides the first values.
+        dtype: of A and B.
     """
 
     A: Tensor
@@ -37,12 +81,8 @@ class GatedLinear(nn.Module):
     def __init__(
         self, base: nn.Module, state: GateState, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     ):
-        super().__init__()
-        self.base = base
-        self.name = name
-        self._state = state
+        super().__init__(base, state, name)
         device = next(base.parameters()).device
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         ranks = state.graph.total_rank
         self.register_buffer("A", torch.empty(ranks, self.in_features, dtype=dtype, device=device))
         self.register_buffer("B", torch.zeros(ranks, self.out_features, dtype=dtype, device=device))
@@ -53,29 +93,18 @@ class GatedLinear(nn.Module):
 
     @torch.no_grad()
     def reset(self, task: str, seed: int) -> None:
-        """Gives a task's block its first values: A uniform as in LoRA (Kaiming, a = sqrt 5), B zero.
-
-        The values depend on seed, layer and task alone: declaring another task does not change them.
-        """
+        """Gives a task's block its first values: A as in LoRA, B zero."""
         block = self.graph.block(task)
-        digest = hashlib.sha256(f"{seed}|{self.name}|{task}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        bound = 1 / math.sqrt(self.in_features)
-        first = (torch.rand(len(block), self.in_features, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        first = first_values(seed, self.name, task, (len(block), self.in_features))
         self.A[block.start : block.stop] = first.to(self.A)
         self.B[block.start : block.stop] = 0
-
-    @property
-    def graph(self) -> TaskGraph:
-        """The graph whose blocks this layer holds."""
-        return self._state.graph
 
     def block(self, task: str) -> tuple[Tensor, Tensor]:
         """A task's own rows of A (r, d_in) and B (r, d_out), as views."""
         rows = self.graph.block(task)
         return self.A[rows.start : rows.stop], self.B[rows.start : rows.stop]
 
-    def open(self, counts: dict[str, int]) -> None:
+    def open(self, counts: Mapping[str, int]) -> None:
         """Makes the first `counts[task]` ranks of each named block Parameters; all other ranks become plain buffers."""
         self.learning = nn.ParameterDict()
         self._rows = {}
@@ -84,6 +113,12 @@ class GatedLinear(nn.Module):
             self._rows[task] = range(start, start + count)
             self.learning[f"{task}_A"] = nn.Parameter(self.A[start : start + count])
             self.learning[f"{task}_B"] = nn.Parameter(self.B[start : start + count])
+
+    def owned(self, owner: str) -> list[nn.Parameter]:
+        return [self.learning[f"{owner}_{side}"] for side in "AB"] if owner in self._rows else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"A": self.A, "B": self.B}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

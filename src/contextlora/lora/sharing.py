@@ -51,18 +51,40 @@ def trainable_ranks(graph: TaskGraph, task: str, frozen_ratio: float | None = No
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Runs that train side by side, each with an optimizer of its own over the samples of its tasks.
+
+    Attributes:
+        runs: the tasks of each run.
+        sharing: the gates meanwhile. An owner in `learns` that is no task is something else the method's layers hold,
+            such as a router.
+        penalty: added to a run's loss, given the adapted layers and the run's tasks.
+        prepare: what is done to the layers before the first update, given the result of the phases before.
+        share: how much of the opened parameters learns, where a mask holds the rest at zero.
+        trial: what it trains is thrown away again, so it does not count among the trained parameters.
+    """
+
+    runs: tuple[tuple[str, ...], ...]
+    sharing: Sharing
+    penalty: Callable[[Iterable[Any], tuple[str, ...]], Tensor] | None = None
+    prepare: Callable[[Iterable[Any]], None] | None = None
+    share: float = 1.0
+    trial: bool = False
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All tasks of its runs."""
+        return tuple(t for run in self.runs for t in run)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A method laid out for one graph: who trains when, and which blocks are on.
 
     Attributes:
-        stages: one after another; in each the runs that train side by side, each with an optimizer of its own over
-            the samples of its tasks.
-        training: the gates while training.
+        phases: one after another.
         answering: the gates ever after.
-        penalty: added to a task's loss, given the gated layers and the task.
     """
 
-    stages: tuple[tuple[tuple[str, ...], ...], ...]
-    training: Sharing
+    phases: tuple[Phase, ...]
     answering: Sharing
-    penalty: Callable[[Iterable[Any], str], Tensor] | None = None

@@ -25,7 +25,7 @@ from contextlora.lora.attach import gated_layers, trainable_groups
 from contextlora.lora.sharing import Plan
 from contextlora.models.inputs import FEATURES, ImageFeatures
 from contextlora.training.loop import Stage, training_examples
-from contextlora.training.plan import planned
+from contextlora.training.plan import planned, refuse_a_rival
 from contextlora.training.prefix import GROUP, FrozenPrefix
 from contextlora.training.runs import RunFolder
 from contextlora.training.session import Session, open_session
@@ -88,9 +88,10 @@ def check_run(
     Raises:
         ContextLoRAError: the first thing that would stop the run: configuration, graph, data, an image, the model.
     """
+    refuse_a_rival(config.train)
     graph, folder = TaskGraph.load(config.graph_path), RunFolder(config.out)
     plan = planned(graph, tasks, config.train)
-    stages = [[t for run in runs for t in run] for runs in plan.stages]
+    stages = [phase.tasks for phase in plan.phases]
     everything = load_examples(config.data, graph)
     examples = training_examples(config.data, graph, config.train)
     counts = _counts(graph, everything, [t for names in stages for t in names])
@@ -157,11 +158,11 @@ class _Probe:
     def measure(self, plan: Plan) -> _Cost:
         """Two real updates of the first stage, after one that warms up; the blocks are changed by it."""
         image, image_bytes = self._image()
-        tasks = [t for run in plan.stages[0] for t in run]
+        tasks = plan.phases[0].tasks
         few = self.config.batch_size * (TIMED_UPDATES + 1)
         shown = {e.id: e for t in tasks for e in [x for x in self.examples if t in x.answers][:few]}
         config = self.config.model_copy(update={"accumulate": 1, "context": "none", "epochs": TIMED_UPDATES + 1})
-        stage = Stage(self.session.reader, self.prefix, list(shown.values()), plan.stages[0], plan, config)
+        stage = Stage(self.session.reader, self.prefix, list(shown.values()), plan.phases[0], config)
         activations = _saved_bytes(self.session.model, lambda: stage.update(0))
         timed = range(1, min(stage.total, TIMED_UPDATES + 1))
         tokens = sum(len(s) for r in stage.runs for k in timed if k < r.total for b in r.micro_batches(k) for s in b)
@@ -226,10 +227,10 @@ def _weights(session: Session, plan: Plan) -> dict[str, int]:
     layers = gated_layers(session.model).values()
     blocks = sum(m.nbytes for layer in layers for m in (layer.A, layer.B))
     a_rank = blocks // session.graph.total_rank
-    learns = plan.training.learns
-    ranks = [
-        sum(max(learns[t].get(o, 0) for run in runs for t in run) for o in session.graph.names) for runs in plan.stages
-    ]
+    ranks = []
+    for phase in plan.phases:
+        learns = [phase.sharing.learns[t] for t in phase.tasks]
+        ranks.append(sum(max(counts.get(o, 0) for counts in learns) for o in session.graph.names))
     inside = {m.data_ptr() for layer in layers for m in (layer.A, layer.B)}
     base = {t.data_ptr(): t.nbytes for t in (*session.model.parameters(), *session.model.buffers())}
     weights = sum(n for at, n in base.items() if at not in inside)

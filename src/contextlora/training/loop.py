@@ -25,12 +25,12 @@ from contextlora.errors import DataError, RunError
 from contextlora.evaluation.evaluate import Answers, context_for
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
-from contextlora.lora.attach import attach, attached_state, gated_layers, graph_of, trainable_groups
-from contextlora.lora.sharing import Plan, Sharing
+from contextlora.lora.attach import adapted_layers, attached_state, gated_layers, graph_of, trainable_groups
+from contextlora.lora.sharing import Phase, Plan, Sharing
 from contextlora.models import fingerprint
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import checkpoint
-from contextlora.training.plan import planned
+from contextlora.training.plan import LAYERS, planned, prepare
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.step import TaskRun
 from contextlora.training.track import Tracker
@@ -73,8 +73,8 @@ def train(
     """
     config = config or TrainConfig()
     if attached_state(model) is None:
-        attach(model, graph, layers=config.layers, targets=config.targets, seed=config.seed)
-    _check_blocks(model, graph)
+        prepare(model, graph, config)
+    _check_blocks(model, graph, config)
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     plan = planned(graph, tasks, config)
@@ -90,17 +90,19 @@ def train(
         _recomputing(model, config.activation_checkpointing),
         _ctrl_c() as stop,
     ):
-        for index, runs in enumerate(plan.stages):
+        for index, phase in enumerate(plan.phases):
             if start is not None and index < start.stage:
                 continue
             here = start if start is not None and index == start.stage else None
             prefix = FrozenPrefix(reader, int(config.prefix_cache_gb * 2**30))
-            stage = Stage(reader, prefix, examples, runs, plan, config, given=here.given if here else None)
+            stage = Stage(reader, prefix, examples, phase, config, given=here.given if here else None)
             first = here.update if here else 0
             if here:
                 stage.restore(here.tensors)
+            elif phase.prepare:
+                phase.prepare(adapted_layers(model).values())
             start = here = None  # its tensors are copied
-            watch.stage(f"[{index + 1}/{len(plan.stages)}] {', '.join(r.name for r in stage.runs)}", stage.total, first)
+            watch.stage(f"[{index + 1}/{len(plan.phases)}] {', '.join(r.name for r in stage.runs)}", stage.total, first)
             for update in range(first, stage.total):
                 losses = stage.update(update)
                 watch.log(update, {"stage": index, "loss": losses})
@@ -134,18 +136,17 @@ def run_id(graph: TaskGraph, plan: Plan, config: TrainConfig, data_sha256: str, 
     The prefix cache counts too: what is computed with other samples may round differently.
     """
     settings = config.model_dump(exclude={"checkpoint_every"})
-    layers = [(path, str(layer.A.dtype)) for path, layer in gated_layers(model).items()]
+    layers = [(path, {n: str(t.dtype) for n, t in m.tensors().items()}) for path, m in adapted_layers(model).items()]
     base = [fingerprint(model), str(next(model.parameters()).dtype), layers]
-    what = [graph.to_dict(), plan.stages, settings, data_sha256, base]
+    what = [graph.to_dict(), [phase.runs for phase in plan.phases], settings, data_sha256, base]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 
 class Stage:
-    """Runs that train side by side, and one update of all of them.
+    """A phase at work: runs that train side by side, and one update of all of them.
 
     Args:
-        runs: the tasks of each.
-        plan: which blocks are on, and which learn.
+        phase: the tasks of each run, which blocks are on, and which learn.
         given: the prerequisites' answers (`context: predicted`) where they are known already; a stage that is resumed
             must not ask again, because with delta > 0 the prerequisites have moved since.
 
@@ -159,17 +160,16 @@ class Stage:
         reader: ImageFeatures,
         prefix: FrozenPrefix,
         examples: Sequence[Example],
-        runs: Sequence[Sequence[str]],
-        plan: Plan,
+        phase: Phase,
         config: TrainConfig,
         given: dict[str, Answers] | None = None,
     ):
-        self.model, self.reader, self.prefix, self.penalty = reader.model, reader, prefix, plan.penalty
-        groups = trainable_groups(self.model, [t for tasks in runs for t in tasks], plan.training)
+        self.model, self.reader, self.prefix, self.penalty = reader.model, reader, prefix, phase.penalty
+        groups = trainable_groups(self.model, phase.tasks, phase.sharing)
         self.given: dict[str, Answers] = given or {}
         self.runs: list[TaskRun] = []
-        for tasks in runs:
-            owners = dict.fromkeys(o for t in tasks for o in plan.training.learns[t])
+        for tasks in phase.runs:
+            owners = dict.fromkeys(o for t in tasks for o in phase.sharing.learns[t])
             samples = [s for t in tasks for s in _samples(reader, examples, t, config.context, self.given)]
             prefix.admit(samples)
             self.runs.append(TaskRun(tasks, samples, [p for o in owners for p in groups[o]], config))
@@ -201,11 +201,6 @@ class Stage:
             batch = collate([s for part in parts for s in part], self.reader.encoder.pad)
             for task, value in self._backward(batch, tokens).items():
                 losses[task] += value
-        if self.penalty:
-            for r in runs:
-                extra = self.penalty(gated_layers(self.model).values(), r.name)
-                if extra.requires_grad:  # the first task has nothing to keep away from
-                    extra.backward()  # type: ignore[no-untyped-call]
         return losses
 
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
@@ -217,24 +212,35 @@ class Stage:
         names = [self._run_of[t] for t in batch.tasks]
         share = nll.new_tensor([1 / tokens[n] for n in names])
         weighted = by_sample * share
-        weighted.sum().backward()  # type: ignore[no-untyped-call]
+        (weighted.sum() + self._extra(batch, tokens)).backward()  # type: ignore[no-untyped-call]
         values: dict[str, float] = {}
         for name, value in zip(names, weighted.tolist(), strict=True):
             values[name] = values.get(name, 0.0) + value
         return values
 
+    def _extra(self, batch: Batch, tokens: dict[str, int]) -> Tensor | float:
+        """The penalty of every run in the batch, by its share of the update's answer tokens; not in what is logged."""
+        if self.penalty is None:
+            return 0.0
+        extra: Tensor | float = 0.0
+        for r in self.runs:
+            mine = sum(len(s.answer) for s in batch.samples if self._run_of[s.task] == r.name)
+            if mine:
+                extra = extra + self.penalty(adapted_layers(self.model).values(), r.tasks) * (mine / tokens[r.name])
+        return extra
+
     def tensors(self) -> dict[str, Tensor]:
-        """All blocks and the optimizers' states, for a checkpoint."""
-        layers = gated_layers(self.model)
-        blocks = {f"{side}|{path}": getattr(layer, side) for path, layer in layers.items() for side in "AB"}
+        """All that the layers may change and the optimizers' states, for a checkpoint."""
+        layers = adapted_layers(self.model)
+        blocks = {f"{name}|{path}": t for path, layer in layers.items() for name, t in layer.tensors().items()}
         return blocks | {name: value for run in self.runs for name, value in run.state().items()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
-        for path, layer in gated_layers(self.model).items():
-            layer.A.copy_(tensors[f"A|{path}"])
-            layer.B.copy_(tensors[f"B|{path}"])
+        for path, layer in adapted_layers(self.model).items():
+            for name, mine in layer.tensors().items():
+                mine.copy_(tensors[f"{name}|{path}"])
         for run in self.runs:
             run.restore(tensors)
 
@@ -248,11 +254,13 @@ def _clip(runs: Sequence[TaskRun], losses: dict[str, float], update: int) -> Non
         r.clip(update)
 
 
-def _check_blocks(model: nn.Module, graph: TaskGraph) -> None:
-    """Raises RunError E516 if the model's blocks are not laid out as `graph` says."""
+def _check_blocks(model: nn.Module, graph: TaskGraph, config: TrainConfig) -> None:
+    """Raises RunError E516 if the model's blocks are not laid out as `graph` says, or are another method's."""
     laid = [{n: (g.block(n), g.scale_of(n), g.active(n)) for n in g.names} for g in (graph_of(model), graph)]
     if laid[0] != laid[1]:
         raise RunError("E516", f"the model has blocks of another graph than '{graph.name}'; detach(model) first")
+    if bool(gated_layers(model)) == (config.method in LAYERS):
+        raise RunError("E516", f"the model has layers of another method than '{config.method}'; detach(model) first")
 
 
 def _samples(

@@ -1,29 +1,76 @@
-"""Who trains when: a method of the configuration, laid out for a graph."""
+"""Which method: who trains when, and which layers it needs on the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from contextlora.baselines import lora, olora
+from torch import nn
+
+from contextlora.baselines import hydralora, lora, lori, mole, olora
 from contextlora.config import TrainConfig
+from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
-from contextlora.lora.sharing import Plan, along_graph
+from contextlora.lora.attach import Make, attach, trainable_groups
+from contextlora.lora.sharing import Phase, Plan, along_graph
 
 RIVALS: dict[str, Callable[[TaskGraph, Sequence[str]], Plan]] = {
     "lora": lora.joint,
     "lora-per-task": lora.per_task,
+    "hard-routing": lora.by_question,
     "o-lora": olora.one_after_another,
+    "hydralora": hydralora.plan,
+    "mole": mole.plan,
+    "mole-joint": mole.joint,
+    "lori-d": lori.dense,
+    "lori-s": lori.sparse,
+}
+LAYERS: dict[str, Callable[[int], Make]] = {  # of the rivals that need others than the graph's blocks, by seed
+    "hydralora": hydralora.layers,
+    "mole": mole.layers,
+    "mole-joint": mole.layers,
+    "lori-d": lori.layers,
+    "lori-s": lambda seed: lori.layers(seed, lori.KEPT),
 }
 
 
 def planned(graph: TaskGraph, tasks: Iterable[str] | None, config: TrainConfig) -> Plan:
-    """The plan of `config.method` for `tasks`, None for all. Raises ConfigError E104 for an unknown task."""
+    """The plan of `config.method` for `tasks`, None for all.
+
+    Raises ConfigError E104 for an unknown task, E119 for a rival that would ask tasks before they are trained.
+    """
     wanted = {t for t in (graph.names if tasks is None else tasks) if graph.task(t)}
     if config.method != "paper":
+        if config.context == "predicted":
+            text = f"'{config.method}' trains tasks before their prerequisites can answer; use gold or none"
+            raise ConfigError("E119", text, where="train.context")
         return RIVALS[config.method](graph, [t for t in graph.names if t in wanted])
     sharing = along_graph(graph, config.frozen_ratio)
-    runs = tuple(tuple((t,) for t in names) for names in stages(graph, wanted, config))
-    return Plan(runs, sharing, along_graph(graph))
+    phases = (Phase(tuple((t,) for t in names), sharing) for names in stages(graph, wanted, config))
+    return Plan(tuple(phases), along_graph(graph))
+
+
+def refuse_a_rival(config: TrainConfig) -> None:
+    """Raises ConfigError E114 for a method that makes no adapter."""
+    if config.method in RIVALS:
+        text = f"'{config.method}' makes no adapter to deploy; `contextlora report` compares it. Use: paper"
+        raise ConfigError("E114", text, where="train.method")
+
+
+def prepare(model: nn.Module, graph: TaskGraph, config: TrainConfig) -> None:
+    """Puts the layers that `config.method` needs on a model, in place. Raises as `attach`."""
+    make = LAYERS[config.method](config.seed) if config.method in LAYERS else None
+    attach(model, graph, layers=config.layers, targets=config.targets, seed=config.seed, make=make)
+
+
+def count_trained(model: nn.Module, plan: Plan) -> int:
+    """How many parameters a plan trains, routers included, each once however often; leaves everything frozen."""
+    found: dict[int, float] = {}
+    for phase in (p for p in plan.phases if not p.trial):
+        for group in trainable_groups(model, phase.tasks, phase.sharing).values():
+            for p in group:  # a block's first ranks may have learned before the whole of it
+                found[p.data_ptr()] = max(found.get(p.data_ptr(), 0), phase.share * p.numel())
+    trainable_groups(model, [], plan.answering)
+    return round(sum(found.values()))
 
 
 def stages(graph: TaskGraph, tasks: Iterable[str], config: TrainConfig) -> list[list[str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contextlora.data.collate import Batch, Sample, collate
-from contextlora.lora.attach import decoder_layers, gated_layers
+from contextlora.lora.attach import adapted_layers, decoder_layers
 from contextlora.models.inputs import ImageFeatures
 
 GROUP = 16
@@ -39,8 +39,8 @@ class FrozenPrefix:
     def __init__(self, reader: ImageFeatures, budget_bytes: int):
         self.model, self.reader = reader.model, reader
         path, self.stack = decoder_layers(self.model)
-        gated = gated_layers(self.model)
-        self.depth = min(int(name.removeprefix(f"{path}.").split(".")[0]) for name in gated)
+        adapted = adapted_layers(self.model)
+        self.depth = min(int(name.removeprefix(f"{path}.").split(".")[0]) for name in adapted)
         self._left = budget_bytes
         self._group_of: dict[str, list[Sample]] = {}
         self._kept: dict[str, Tensor] = {}

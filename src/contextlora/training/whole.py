@@ -19,6 +19,7 @@ from contextlora.models import load_model
 from contextlora.models.hub import quiet
 from contextlora.training.align import align
 from contextlora.training.loop import train, training_examples
+from contextlora.training.plan import refuse_a_rival
 from contextlora.training.runs import RunFolder
 from contextlora.training.session import Session, is_model, measure, open_session
 from contextlora.training.track import Tracker, counting
@@ -55,9 +56,7 @@ def run_training(
     Raises:
         RunError: E521 if a finished run would be overwritten, E522 an interrupted one; as `train`.
     """
-    if config.train.method != "paper":
-        text = f"'{config.train.method}' makes no adapter to deploy; `contextlora report` compares it. Use: paper"
-        raise ConfigError("E114", text, where="train.method")
+    refuse_a_rival(config.train)
     graph, folder = TaskGraph.load(config.graph_path), RunFolder(config.out)
     named = list(tasks) if tasks is not None else folder.facts().get("tasks") if resume else None
     wanted = _wanted(graph, named, folder)

@@ -1,0 +1,109 @@
+"""MoLE, Mixture of LoRA Experts (Wu et al. 2024): trained LoRAs are frozen and a learned gate mixes their outputs.
+
+    E_i = s B_i A_i x,    g = softmax(norm(E_1 + ... + E_N) . e / tau),    y = W x + sum_i g_i E_i      (+ concatenates)
+
+with the gate's e (N d_out, N), starting at zero, and the temperature tau learned in every layer, and the loss
+alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS section 1).
+
+Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, and pooling
+over it would show the gate the answer while training. So the gate reads each token's own expert outputs.
+
+Two ways: experts trained one for each task and then frozen (the paper), or everything together (`joint`). Ranks are
+chosen so that experts and gates together have as many parameters as the graph's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from contextlora.baselines.beside import SCALE, BesideLinear, budget, even_ranks, sizes
+from contextlora.graph import TaskGraph
+from contextlora.lora.attach import Make
+from contextlora.lora.gates import Gate, GateState
+from contextlora.lora.layer import first_values
+from contextlora.lora.sharing import Phase, Plan, Sharing
+
+ALPHA = 0.5  # weight of the balance loss
+
+
+def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+    """First an expert for each task, side by side; then the gate alone, over the samples of all tasks."""
+    own = Sharing({t: (t,) for t in graph.names}, {t: {t: graph.rank_of(t)} for t in graph.names})
+    mixed = Sharing(dict.fromkeys(graph.names, graph.names), {t: {"gate": 1} for t in graph.names})
+    phases = (Phase(tuple((t,) for t in tasks), own), Phase((tuple(tasks),), mixed, balance))
+    return Plan(phases, mixed)
+
+
+def joint(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+    """Experts and gate together."""
+    learns = {"gate": 1, **{t: graph.rank_of(t) for t in graph.names}}
+    mixed = Sharing(dict.fromkeys(graph.names, graph.names), dict.fromkeys(graph.names, learns))
+    return Plan((Phase((tuple(tasks),), mixed, balance),), mixed)
+
+
+def balance(layers: Iterable[MoleLinear], tasks: tuple[str, ...]) -> Tensor:
+    """alpha (-sum_i log q_i) of the last forward pass; least, alpha N log N, where all experts are used alike."""
+    q = torch.stack([layer.used for layer in layers]).mean(0)
+    return -ALPHA * q.log().sum()
+
+
+def layers(seed: int) -> Make:
+    """What `attach` needs to put MoLE on a model."""
+
+    def make(found: Mapping[str, nn.Module], state: GateState) -> dict[str, MoleLinear]:
+        n = len(state.graph.names)
+        gates = sum(n * n * sizes(m)[1] + 1 for m in found.values())
+        costs = {path: n * sum(sizes(m)) for path, m in found.items()}
+        ranks = even_ranks(costs, budget(state.graph, found) - gates)
+        return {path: MoleLinear(m, state, path, ranks[path], seed) for path, m in found.items()}
+
+    return make
+
+
+class MoleLinear(BesideLinear):
+    """N experts and a gate over them beside a frozen linear.
+
+    Attributes:
+        used: mean of g over the tokens of the last forward pass that had a gradient, (N,).
+    """
+
+    used: Tensor
+
+    def __init__(self, base: nn.Module, state: GateState, name: str, rank: int, seed: int):
+        super().__init__(base, state, name)
+        self.experts, self.mixing = state.graph.names, True
+        for t in self.experts:
+            self.add(f"{t}_A", first_values(seed, name, t, (rank, self.in_features)))
+            self.add(f"{t}_B", torch.zeros(rank, self.out_features))
+        self.add("gate_e", torch.zeros(len(self.experts) * self.out_features, len(self.experts)))
+        self.add("gate_tau", torch.ones(1))
+
+    def open(self, counts: Mapping[str, int]) -> None:
+        super().open(counts)
+        self.mixing = not counts or "gate" in counts  # else the experts train, each alone
+
+    def delta(self, x: Tensor, gate: Gate) -> Tensor:
+        a = torch.stack([self.weights[f"{t}_A"] for t in self.experts]).to(x.dtype)  # (N, r, d_in)
+        b = torch.stack([self.weights[f"{t}_B"] for t in self.experts]).to(x.dtype)
+        h = (x @ a.flatten(0, 1).T).view(*x.shape[:-1], *a.shape[:2])  # (..., N, r)
+        if not self.mixing:
+            alone: Tensor = (h * self._own(gate, x).unsqueeze(-1)).flatten(-2) @ b.flatten(0, 1)
+            return SCALE * alone
+        said = SCALE * torch.einsum("...nr,nro->...no", h, b)
+        seen = layer_norm(said.flatten(-2).float(), (said.shape[-2] * said.shape[-1],))
+        share = ((seen @ self.weights["gate_e"]) / self.weights["gate_tau"]).softmax(-1)
+        if torch.is_grad_enabled():
+            self.used = share.flatten(0, -2).mean(0)
+        mixed: Tensor = (share.to(x.dtype).unsqueeze(-1) * said).sum(-2)
+        return mixed
+
+    def _own(self, gate: Gate, x: Tensor) -> Tensor:
+        """1 for the expert of each sample's task, (samples, 1, ..., N)."""
+        rows = torch.tensor([[t == e for e in self.experts] for t in gate.tasks], dtype=x.dtype, device=x.device)
+        if len(rows) > 1:
+            rows = rows.repeat_interleave(x.shape[0] // len(rows), 0)
+        return rows.view(len(rows), *[1] * (x.dim() - 2), len(self.experts))
