@@ -78,8 +78,13 @@ def test_likelihood_equals_brute_force(family, folders, task):
     for part in same_length(samples, 4):
         with torch.no_grad(), module.under(model, task):
             found = score_options(reader, collate([samples[i] for i in part], 0), candidates)
-        for row, i in zip(found, part, strict=True):
-            assert torch.allclose(row, brute_force(reader, examples[i], task, candidates), rtol=0, atol=1e-9)
+            quick = score_options(reader, collate([samples[i] for i in part], 0), candidates, likeliest=True)
+        for row, few, i in zip(found, quick, part, strict=True):
+            exact = brute_force(reader, examples[i], task, candidates)
+            assert torch.allclose(row, exact, rtol=0, atol=1e-9)
+            assert few.argmax() == exact.argmax()
+            assert few.max().item() == pytest.approx(exact.max().item(), abs=1e-9)
+            assert (few >= exact - 1e-9).all(), "what is left out keeps an upper bound"
     picked = answer(reader, examples, task)
     for e in examples:
         assert picked[e.id] == candidates[brute_force(reader, e, task, candidates).argmax()]

@@ -85,16 +85,15 @@ def evaluate(
     for task in (t for level in graph.levels() for t in level if t in wanted):
         asked = [e for e in examples if task in e.answers]
         known = context_for(reader, asked, task, ways, result.answers)
-        seen = partial(_count, progress, done, total)
+        seen = None if progress is None else partial(_onward, progress, done, total)
         result.answers[task] = answer(reader, asked, task, method=method, known=known, progress=seen)
         result.accuracy[task] = Accuracy.of([score(result.answers[task][e.id], e.answers[task]) for e in asked])
         done += len(asked)
     return result
 
 
-def _count(progress: Callable[[int, int], None] | None, before: int, total: int, done: int) -> None:
-    if progress:
-        progress(before + done, total)
+def _onward(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def context_for(
@@ -146,7 +145,7 @@ def answer(
                 options = encoder.graph.task(task).options
                 chosen = [parse_answer(t, options) for t in _generate(reader, batch, _longest(encoder, task))]
             else:
-                best = score_options(reader, batch, candidates).argmax(1).tolist()
+                best = score_options(reader, batch, candidates, likeliest=True).argmax(1).tolist()
                 chosen = [candidates[b] for b in best]
             found |= {examples[i].id: c for i, c in zip(part, chosen, strict=True)}
             if progress:
@@ -162,52 +161,60 @@ def option_sets(graph: TaskGraph, task: str) -> list[tuple[str, ...]]:
     return [c for n in range(1, t.choose + 1) for c in combinations(t.options or (), n)]
 
 
-def score_options(reader: ImageFeatures, batch: Batch, candidates: Sequence[Sequence[str]]) -> Tensor:
+def score_options(
+    reader: ImageFeatures, batch: Batch, candidates: Sequence[Sequence[str]], *, likeliest: bool = False
+) -> Tensor:
     """Log-likelihood of each candidate answer after each prompt, its end token included: (samples, candidates).
 
-    The prompt runs once and its keys and values serve every candidate. All prompts must have one length.
+    The prompt runs once and its keys and values serve every candidate. All prompts must have one length. With
+    `likeliest` only the largest of a row is sure to be exact: a candidate whose first token alone is less likely than
+    another's whole answer is not read to its end, and keeps its first token's value.
     """
     model, encoder = reader.model, reader.encoder
     ids = [torch.tensor(encoder.answer_ids(c)) for c in candidates]
     answers = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=encoder.pad)
     real = nn.utils.rnn.pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
     inputs = reader.inputs(batch)
-    device, (n, length), count = inputs["input_ids"].device, batch.input_ids.shape, len(candidates)
-    last = torch.zeros(n, length, dtype=torch.bool)
+    last = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     last[:, -1] = True
     with logits_at(model, last):
         out = model(**inputs, use_cache=True)
-    first: Tensor = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(device)]
+    first: Tensor = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(out.logits.device)].cpu()
     if answers.shape[1] == 1:
-        return first.cpu()
-    cache, starts = out.past_key_values, _positions_after(model, inputs)
-    parts = [slice(i, i + max(1, MAX_ROWS // n)) for i in range(0, count, max(1, MAX_ROWS // n))]
-    caches = [copy.deepcopy(cache) for _ in parts[1:]] + [cache]  # each is used up
-    rest = [_later(model, c, answers[p], real[p], starts) for c, p in zip(caches, parts, strict=True)]
-    return (first + torch.cat(rest, 1)).cpu()
+        return first
+    rest = partial(_rest, model, out.past_key_values, answers, real, _positions_after(model, inputs))
+    if not likeliest:
+        return rest(first, torch.ones_like(first, dtype=torch.bool))
+    guess = nn.functional.one_hot(first.argmax(1), len(candidates)).bool()
+    scores = rest(first, guess)
+    return rest(scores, (first >= scores[guess][:, None]) & ~guess)
 
 
-def _later(model: nn.Module, cache: Any, answers: Tensor, real: Tensor, starts: Tensor) -> Tensor:
-    """Log-likelihood of all but the first token of each of `answers` after the cached prompts: (prompts, answers)."""
-    count, device, length = len(answers), starts.device, cache.get_seq_length()
-    cache.batch_repeat_interleave(count)
-    fed = answers.repeat(len(starts), 1).to(device)
-    predicts = real[:, 1:].repeat(len(starts), 1).to(device)
-    more = {}
-    if _image_positions(model):
-        more["position_ids"] = starts.repeat_interleave(count, 0) + torch.arange(fed.shape[1] - 1, device=device)
-    with logits_at(model, predicts):
-        logits = model(
-            input_ids=fed[:, :-1],
-            attention_mask=torch.ones(len(fed), length + fed.shape[1] - 1, dtype=torch.long, device=device),
-            past_key_values=cache,
-            use_cache=True,
-            **more,
-        ).logits
-    targets = fed[:, 1:][predicts]
-    picked = log_likelihood(logits, targets)
-    sums: Tensor = picked.new_zeros(len(fed)).index_add_(0, predicts.nonzero(as_tuple=True)[0], picked)
-    return sums.view(-1, count)
+def _rest(
+    model: nn.Module, cache: Any, answers: Tensor, real: Tensor, starts: Tensor, scores: Tensor, wanted: Tensor
+) -> Tensor:
+    """`scores` (prompts, answers) with the log-likelihood of all but the first token added wherever `wanted`."""
+    length, scores = cache.get_seq_length(), scores.clone()
+    for pairs in torch.split(wanted.nonzero(), MAX_ROWS):
+        prompts, chosen = pairs.T
+        own = copy.deepcopy(cache)
+        own.batch_select_indices(prompts.to(starts.device))
+        fed, predicts = answers[chosen].to(starts.device), real[chosen, 1:].to(starts.device)
+        more = {}
+        if _image_positions(model):
+            more["position_ids"] = starts[prompts] + torch.arange(fed.shape[1] - 1, device=starts.device)
+        with logits_at(model, predicts):
+            logits = model(
+                input_ids=fed[:, :-1],
+                attention_mask=torch.ones(len(fed), length + fed.shape[1] - 1, dtype=torch.long, device=starts.device),
+                past_key_values=own,
+                use_cache=True,
+                **more,
+            ).logits
+        picked = log_likelihood(logits, fed[:, 1:][predicts]).cpu()
+        sums = picked.new_zeros(len(fed)).index_add_(0, predicts.nonzero(as_tuple=True)[0].cpu(), picked)
+        scores[prompts, chosen] += sums
+    return scores
 
 
 def _image_positions(model: nn.Module) -> list[nn.Module]:
