@@ -240,6 +240,8 @@ def test_a_task_is_asked_as_it_was_trained(project: Path, monkeypatch: pytest.Mo
     }
     kept = json.loads((project / "runs" / "evaluation.json").read_text())["after"]
     assert kept["how"]["context"] == "predicted"
+    told = ok("eval", project / "runs", "--split", "valid", "--tasks", "light,action")
+    assert told["context"] == {"light": "none", "action": "predicted"}
     said: list[dict[str, object]] = []
     sample = Encoder.sample
     monkeypatch.setattr(

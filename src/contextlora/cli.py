@@ -240,31 +240,28 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy per task, with 95 % intervals."""
-    from contextlora.training.session import measure, open_for_eval
+    from contextlora.training.session import measure, open_for_eval, ways_of
 
     session, folder, place = open_for_eval(
         _load(source, overrides) if _is_config(source) else source, data, base=base, device=device
     )
-    names = _names(tasks)
+    names, way = _names(tasks), context.value if context else None
     result = measure(
         session,
         place,
         split.value,
         tasks=None if names is None else [t for t in names if session.graph.task(t)],
         method=method.value,
-        context=context and context.value,
+        context=way,
         folder=folder,
         silent=as_json,
     )
+    scores = {t: vars(a) for t, a in result.accuracy.items()}
     if as_json:
-        scores = {t: vars(a) for t, a in result.accuracy.items()}
-        _out(
-            True,
-            {"split": split.value, "method": method.value, "context": context and context.value, "tasks": scores},
-            "",
-        )
+        asked = {t: ways_of(session, way)[t] for t in scores}
+        _out(True, {"split": split.value, "method": method.value, "context": asked, "tasks": scores}, "")
     else:
-        _accuracy(split.value, {t: vars(a) for t, a in result.accuracy.items()})
+        _accuracy(split.value, scores)
 
 
 @app.command()

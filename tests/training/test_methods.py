@@ -21,6 +21,7 @@ from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.attach import adapted_layers, attached_state, detach, gated_layers
 from contextlora.lora.gates import GateState
 from contextlora.models.inputs import ImageFeatures, answer_nll
+from contextlora.training.check import check_run
 from contextlora.training.loop import Stage, training_examples
 from contextlora.training.plan import LAYERS, RIVALS, count_trained, planned, prepare
 from contextlora.training.prefix import FrozenPrefix
@@ -167,9 +168,10 @@ def test_o_lora_adds_its_penalty_and_leaves_old_blocks(runs, words):
     assert planned(ALIKE, None, TrainConfig(method="o-lora")).answering.active["weather"] == ALIKE.names
 
 
-def test_a_rival_is_not_deployed(tmp_path):
+@pytest.mark.parametrize("start", [run_training, check_run])
+def test_a_rival_is_not_deployed(start, tmp_path):
     with pytest.raises(ConfigError, match=r"E114 train.method: 'lora' makes no adapter"):
-        run_training(RunConfig(out=str(tmp_path), train=TrainConfig(method="lora")))
+        start(RunConfig(out=str(tmp_path), train=TrainConfig(method="lora")))
 
 
 # --- rivals with layers of their own ---------------------------------------------------------------------------------

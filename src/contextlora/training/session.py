@@ -129,7 +129,7 @@ def measure(
     `context` is as in `evaluate`; None asks each task as it was trained, prerequisites' own answers in place of labels.
     `silent` shows no progress bar.
     """
-    ways = {t: context or _trained_context(session, t) for t in session.graph.names}
+    ways = ways_of(session, context)
     known = [t for t in session.graph.names if session.adapter is None or t in session.adapter.blocks]
     with counting(silent) as count:
         result = evaluate(
@@ -153,6 +153,12 @@ def measure(
             metrics = {t: {f"{split} accuracy": a.mean} for t, a in result.accuracy.items()}
             Adapter.of(session.model, metrics=metrics).save(folder.adapter)
     return result
+
+
+def ways_of(session: Session, context: str | None = None) -> dict[str, str]:
+    """What each task's prompt says of its prerequisites; with None as in its training, own answers for labels."""
+    adapter = session.adapter
+    return {t: context or (adapter.context(t) if adapter else "none") for t in session.graph.names}
 
 
 def open_for_eval(
@@ -186,10 +192,6 @@ def export_merged(folder: str | Path, task: str, out: str | Path, *, base: str |
 
 
 # --- finding things --------------------------------------------------------------------------------------------------
-
-
-def _trained_context(session: Session, task: str) -> str:
-    return session.adapter.context(task) if session.adapter else "none"
 
 
 def is_model(folder: Path) -> bool:
