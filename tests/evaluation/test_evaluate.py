@@ -90,6 +90,26 @@ def test_likelihood_equals_brute_force(family, folders, task):
         assert picked[e.id] == candidates[brute_force(reader, e, task, candidates).argmax()]
 
 
+def test_a_sure_answer_leaves_nothing_to_read_on(folders):
+    """One option so likely that no other's first token beats its whole answer, as after training."""
+    model, _processor, data, reader = prepared(tiny.llama, folders)
+    sample = reader.encoder.sample(load_examples(data, graph(), split="test")[0], "weather")
+    sure = reader.encoder.answer_ids(("heavy snow",))
+    head = model.get_output_embeddings()
+    before = head.forward
+    follows = iter([sure[:1], sure[1:]])
+
+    def certain(hidden):
+        logits = torch.full_like(before(hidden), -60.0)
+        logits[range(len(logits)), next(follows)] = 0.0
+        return logits
+
+    head.forward = certain
+    with torch.no_grad(), module.under(model, "weather"):
+        found = score_options(reader, collate([sample], 0), option_sets(graph(), "weather"), likeliest=True)
+    assert option_sets(graph(), "weather")[int(found.argmax())] == ("heavy snow",)
+
+
 @every_family
 def test_scoring_in_parts_and_without_an_image_after_one(family, folders, monkeypatch):
     """More candidates than fit at once; and Qwen2.5-VL keeps an older batch's image positions: not for this one."""

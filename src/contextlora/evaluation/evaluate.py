@@ -194,8 +194,8 @@ def _rest(
     model: nn.Module, cache: Any, answers: Tensor, real: Tensor, starts: Tensor, scores: Tensor, wanted: Tensor
 ) -> Tensor:
     """`scores` (prompts, answers) with the log-likelihood of all but the first token added wherever `wanted`."""
-    length, scores = cache.get_seq_length(), scores.clone()
-    for pairs in torch.split(wanted.nonzero(), MAX_ROWS):
+    length, scores, left = cache.get_seq_length(), scores.clone(), wanted.nonzero()
+    for pairs in [left[i : i + MAX_ROWS] for i in range(0, len(left), MAX_ROWS)]:
         prompts, chosen = pairs.T
         own = copy.deepcopy(cache)
         own.batch_select_indices(prompts.to(starts.device))
