@@ -8,9 +8,10 @@ import torch
 import tiny
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
-from contextlora.lora.attach import decoder_layers
+from contextlora.lora.attach import decoder_layers, detach
 from contextlora.models.inputs import ImageFeatures, answer_nll
-from contextlora.training.loop import _samples, training_examples
+from contextlora.training.loop import _samples, known_samples, train, training_examples
+from contextlora.training.plan import prepare
 from contextlora.training.prefix import GROUP, FrozenPrefix
 from tiny import furthest
 
@@ -159,3 +160,26 @@ def test_a_prefix_of_its_own_for_each_stage(runs, words):
         runs.trained(words, layers="top 1/3", epochs=1)
     assert [left == 2 * 2**30 for _, left in seen] == [True, False, True]
     assert seen[0][0] is seen[1][0] is not seen[2][0]
+
+
+@every_family
+def test_several_runs_share_one(runs, words, pictures, family):
+    """The second run computes nothing below the blocks, and either run gives what it gives alone."""
+    data = words if family is tiny.llama else pictures
+    g, settings = tiny.graph(), TrainConfig(epochs=2, lr=1e-2, layers="top 1/3")
+    model, processor = family(torch.float64)
+    prepare(model, g, settings)
+    reader = ImageFeatures(model, Encoder(processor, g))
+    prefix = FrozenPrefix(reader, 2**30)
+    prefix.admit(known_samples(reader, training_examples(data, g, settings), settings))
+    calls, blocks = counting(model), []
+    for kept in (prefix, prefix, None):
+        detach(model)
+        prepare(model, g, settings)
+        out = runs.folder / str(len(blocks))
+        train(model, processor, g, data=data, out=out, config=settings, features=reader, prefix=kept)
+        blocks.append(runs.blocks(model))
+        counted, calls[:] = len(calls), []
+        assert (counted == 0) == (len(blocks) == 2)
+    assert furthest(blocks[0], blocks[1]) == 0
+    assert furthest(blocks[0], blocks[2]) < 1e-5  # masters are float32

@@ -48,6 +48,7 @@ def train(
     resume: bool = False,
     features: ImageFeatures | None = None,
     tracker: Tracker | None = None,
+    prefix: FrozenPrefix | None = None,
 ) -> nn.Module:
     """Trains the blocks of `tasks` along the graph, in place.
 
@@ -62,6 +63,7 @@ def train(
         resume: continue from the newest valid checkpoint in `out`, bit-exactly; without one, start.
         features: reused image features.
         tracker: where progress goes; None makes one in `out`.
+        prefix: activations kept from other runs with the same base and the same lowest block, see `known_samples`.
 
     Returns:
         The model, blocks trained, nothing learning any more.
@@ -94,8 +96,8 @@ def train(
             if start is not None and index < start.stage:
                 continue
             here = start if start is not None and index == start.stage else None
-            prefix = FrozenPrefix(reader, int(config.prefix_cache_gb * 2**30))
-            stage = Stage(reader, prefix, examples, phase, config, given=here.given if here else None)
+            kept = prefix or FrozenPrefix(reader, int(config.prefix_cache_gb * 2**30))
+            stage = Stage(reader, kept, examples, phase, config, given=here.given if here else None)
             first = here.update if here else 0
             if here:
                 stage.restore(here.tensors)
@@ -128,6 +130,16 @@ def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -
         drawn = random.Random(f"max_train {config.seed}").sample(range(len(examples)), config.max_train)
         examples = [examples[i] for i in sorted(drawn)]  # files often hold one class after another
     return label_noise(examples, graph, config.label_noise, config.seed) if config.label_noise else examples
+
+
+def known_samples(reader: ImageFeatures, examples: Sequence[Example], config: TrainConfig) -> list[Sample]:
+    """All samples of a run whose prompts are known before it starts: what a `FrozenPrefix` for several runs admits.
+
+    Admitted together, they are computed in groups that do not depend on which run asks first.
+    """
+    if config.context == "predicted":
+        return []
+    return [s for t in reader.encoder.graph.names for s in _samples(reader, examples, t, config.context, {})]
 
 
 def run_id(graph: TaskGraph, plan: Plan, config: TrainConfig, data_sha256: str, model: nn.Module) -> str:

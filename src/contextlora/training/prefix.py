@@ -29,7 +29,8 @@ class FrozenPrefix:
     Exact: the layers below carry no block and are frozen, and attention is causal, so what comes after a sample's own
     tokens (padding) cannot change them. Samples are always computed in the same groups, whatever asks for them first,
     so that a resumed run sees the same bits although matrix products may round differently for another batch size. For
-    the same reason each stage of a run has a prefix of its own: what is kept must not depend on the stages before.
+    the same reason each stage of a run has a prefix of its own, unless several runs share one that has admitted all
+    their samples at once: what is kept must not depend on what ran before.
 
     Args:
         reader: of a model with blocks attached.
