@@ -83,7 +83,8 @@ def accuracy(bench: Bench, job: Job) -> Measured:
         )
         seconds = time.perf_counter() - began
     scores = {
-        t: {e.id: score(said[e.id], e.answers[t]) for e in examples if e.id in said} for t, said in found.answers.items()
+        t: {e.id: score(said[e.id], e.answers[t]) for e in examples if e.id in said}
+        for t, said in found.answers.items()
     }
     return scores, {**cost, "eval_seconds": seconds, "seconds_per_eval_batch": seconds / max(1, len(batches))}
 

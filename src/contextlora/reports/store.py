@@ -1,10 +1,10 @@
 """The folder of a comparison: results, claims and what jobs share. Any number of processes may work in it at once.
 
-    results/<id>.json    one for each finished job, written whole or not at all
-    claims/<name>        files that are only ever locked; the system lets go of them when a process dies
-    data/, bases/        drawn pictures and aligned projectors, made once
-    features/            what the language model sees of each picture, by base
-    work/<id>/           checkpoints of a job in the middle, removed when its result is written
+results/<id>.json    one for each finished job, written whole or not at all
+claims/<name>        files that are only ever locked; the system lets go of them when a process dies
+data/, bases/        drawn pictures and aligned projectors, made once
+features/            what the language model sees of each picture, by base
+work/<id>/           checkpoints of a job in the middle, removed when its result is written
 """
 
 from __future__ import annotations

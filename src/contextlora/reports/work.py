@@ -72,8 +72,12 @@ def spread(recipe: Recipe, only: Sequence[str], store: Store, processes: int, to
         Whatever error a worker met.
     """
     share = max(1, (os.cpu_count() or 1) // processes)
-    order = {"recipe": recipe.model_dump(mode="json", exclude_unset=True), "only": list(only)}
-    order |= {"out": str(store.path), "threads": share}
+    order = {
+        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "only": list(only),
+        "out": str(store.path),
+        "threads": share,
+    }
     workers = [_start(order, share) for _ in range(processes)]
     try:
         while any(w.poll() is None for w in workers):
