@@ -112,6 +112,8 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
     base = _base(recipe, data, config)
     what: dict[str, Any] = {"format": FORMAT, "measure": recipe.measure, "data": data.key, "split": recipe.split}
     what |= {"kind": arm.kind, "graph": data.graph.to_dict()}
+    if recipe.measure == "inference":  # times differ from round to round, whatever is timed
+        what["seed"] = seed
     path = Path(arm.answers.replace("{scenario}", Path(data.scenario).name)) if arm.answers else None
     if path is not None:
         what["answers"] = _sha256(path)

@@ -81,6 +81,11 @@ class Store:
                 return
             yield True
 
+    def begun(self, name: str) -> None:
+        """Notes in a claimed job's file that this process begins it: who worked on what, should anyone wonder."""
+        with (self.claims / name).open("a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Waits until no other process is inside the same lock."""

@@ -47,6 +47,7 @@ def work(recipe: Recipe, jobs: Sequence[Job], store: Store, told: Told = lambda 
             with store.claim(job.id) as mine:
                 if mine and store.result(job.id) is None:  # it may have been done since we looked
                     bench.told = _prefixed(told, job.title)
+                    store.begun(job.id)
                     store.write(job.id, do(bench, job))
                     shutil.rmtree(store.work(job.id), ignore_errors=True)
                     did = True
