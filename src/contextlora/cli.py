@@ -407,7 +407,7 @@ def report(
         return
     _table(f"{found.recipe.measure}, with 95 % intervals", wide(found, found.lines))
     if found.differences:
-        title = f"{found.recipe.ours} minus each other, paired; * where the interval excludes 0"
+        title = f"{found.differences_title}, paired; * where the interval excludes 0"
         _table(title, wide(found, found.differences, signed=True))
     typer.echo(f"{found.done} of {found.total} jobs done\nwrote {made.page}")
 

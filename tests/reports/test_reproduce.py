@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def test_two_processes_share_the_jobs(recipe: Path, tmp_path: Path, straight: di
     assert made.findings.done == made.findings.total == 5
     assert set(begun(tmp_path / "out").values()) == {1}
     assert numbers(tmp_path / "out") == straight
+    assert {r["made"]["threads"] for r in made.findings.results.values()} == {max(1, (os.cpu_count() or 1) // 2)}
 
 
 def test_the_job_of_a_killed_process_is_gone_on_with(recipe: Path, tmp_path: Path, straight: dict[str, Any]):
@@ -139,6 +141,33 @@ def test_the_job_of_a_killed_process_is_gone_on_with(recipe: Path, tmp_path: Pat
     assert sorted(begun(out).values())[-1] == 2
     assert numbers(out).keys() == straight.keys()
     assert {i: n[:3] for i, n in numbers(out).items()} == {i: n[:3] for i, n in straight.items()}
+
+
+def test_of_two_processes_one_is_killed(recipe: Path, tmp_path: Path, straight: dict[str, Any]):
+    """The other takes its job over, from its checkpoint; whoever waits for both never notices."""
+    out, killed = tmp_path / "out", list[int]()
+
+    def kill() -> None:
+        while not killed:
+            for folder in out.glob("work/*/checkpoints"):
+                killed.append(int((out / "claims" / folder.parent.name).read_text().split()[0]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    given = ["train.checkpoint_every=1"]
+    made = reproduce(recipe, "smoke", out=out, processes=2, overrides=given, silent=True)
+    killer.join()
+    assert made.findings.done == 5
+    assert sorted(begun(out).values()) == [1, 1, 1, 1, 2]
+    assert {i: n[:3] for i, n in numbers(out).items()} == {i: n[:3] for i, n in straight.items()}
+
+
+def test_an_error_names_its_job(recipe: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="E111 iov · ours · seed 0: layers 'top third'"):
+        reproduce(recipe, "smoke", out=tmp_path / "out", overrides=["train.layers=top third"], silent=True)
 
 
 def test_a_process_that_another_has_left_takes_over(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,6 +314,8 @@ def test_lines_over_a_sweep_read_at_the_last_task(recipe: Path, tmp_path: Path):
     assert [(x.point, x.task) for x in made.findings.lines] == [
         ((("frozen_ratio", v),), "strategy") for v in (0.0, 1.0)
     ]
+    assert [x.point for x in made.findings.differences] == [(("frozen_ratio", 1.0),)]
+    assert made.findings.differences_title == "ours minus itself at frozen_ratio 0.0"
     parsed(made.page.read_text())
     assert "frozen_ratio" in (tmp_path / "out/results.csv").read_text().splitlines()[0].split(",")
 
@@ -297,7 +328,6 @@ def test_a_data_folder_is_a_scenario(recipe: Path, tmp_path: Path):
     assert not (tmp_path / "out/data").exists()
 
 
-@pytest.mark.slow
 def test_the_shipped_smoke_on_the_embedded_model(tmp_path: Path):
     words = ["report", "accuracy", "--preset", "smoke", "--out", str(tmp_path / "out"), "--json"]
     words += ["--set", "seeds=1", "--set", "data={train: 8, valid: 1, test: 4, seed: 7}"]

@@ -50,7 +50,7 @@ def page(findings: Findings, command: Sequence[str]) -> str:
             f"Mean {what} with its 95 % interval, over seeds and items drawn together (10,000 bootstrap resamples)."
             + (" With one seed an interval covers the choice of items alone, not another run." * _one_seed(findings))
         ),
-        differences_title=escape(f"{recipe.ours} minus each other"),
+        differences_title=escape(findings.differences_title),
         differences=_table(findings, findings.differences, signed=True),
         differences_note="Paired: the same seeds and the same items on both sides, drawn together. Coloured and marked "
         "* where the 95 % interval excludes 0; with many rows, one in twenty does so by chance.",
@@ -121,6 +121,8 @@ def _table(findings: Findings, found: Sequence[Line], *, signed: bool = False) -
         better = (x.value.mean > 0) == (findings.recipe.measure == "accuracy")
         kind = (' class="good"' if better else ' class="bad"') if clear else ""
         mark = " *" if clear else ""
+        count = "1 seed" if x.value.seeds == 1 else f"{x.value.seeds} seeds"
+        interval += f", {count}" if x.value.seeds < findings.recipe.seeds else ""
         cell = f'<span{kind}>{value}{mark}</span><span class="range">{interval}</span>'
         rows.setdefault(tuple(place(x)), {})[x.arm] = cell
     heads = ["scenario", *findings.recipe.sweep, "task"]

@@ -19,7 +19,9 @@ from contextlora.graph import TaskGraph
 from contextlora.reports.recipe import Arm, Recipe
 from contextlora.strict import validate
 
-FORMAT = 1  # of a result's file and of what is measured: raise it with every change that makes old results wrong
+# Of a result's file and of what is measured: raise it with every change that makes old results wrong, and with every
+# default of TrainConfig that changes. Ids leave defaults out, so that a new option leaves finished jobs finished.
+FORMAT = 1
 Point = tuple[tuple[str, Any], ...]
 
 
@@ -120,7 +122,10 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
     else:
         what |= {"base": base, "device": recipe.device, "context": config.context}
     if arm.kind == "trained":
-        what |= {"graph": graph.to_dict(), "train": config.model_dump(exclude={"checkpoint_every"})}
+        what |= {
+            "graph": graph.to_dict(),
+            "train": config.model_dump(exclude_defaults=True, exclude={"checkpoint_every"}),
+        }
     job = Job(name, point, seed, data, arm.kind, config, graph, path, base, short(what))
     return job if arm.kind == "trained" else replace(job, graph=data.graph)
 

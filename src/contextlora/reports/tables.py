@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from contextlora.reports.jobs import Job, Point, unique
+from contextlora.reports.jobs import Job, Point, points, unique
 from contextlora.reports.recipe import Recipe
 from contextlora.reports.statistics import Interval, Scores, difference, mean
 from contextlora.reports.store import Store
@@ -104,7 +104,12 @@ class Findings:
 
     @cached_property
     def differences(self) -> list[Line]:
-        """Ours minus every other arm, over the seeds and items that both have."""
+        """Ours minus every other arm, over the seeds and items that both have.
+
+        Of a single arm over a sweep: every point minus the sweep's first.
+        """
+        if len(self.recipe.arms) == 1:
+            return self._along_sweep()
         found, ours = [], self.recipe.ours
         for (scenario, point), arms in self.cells.items():
             for task in self.tasks(scenario):
@@ -113,6 +118,26 @@ class Findings:
                     if one.size and other.size:
                         found.append(Line(scenario, point, task, arm, difference(one, other)))
         return found
+
+    def _along_sweep(self) -> list[Line]:
+        found, ours = [], self.recipe.ours
+        first = next(points(self.recipe.sweep))
+        for (scenario, point), arms in self.cells.items():
+            start = self.cells.get((scenario, first), {})
+            for task in self.tasks(scenario) if start and point != first else ():
+                one, other = paired(arms[ours], start[ours], task)
+                if one.size and other.size:
+                    found.append(Line(scenario, point, task, ours, difference(one, other)))
+        return found
+
+    @cached_property
+    def differences_title(self) -> str:
+        """What `differences` are, in a few words."""
+        ours = self.recipe.ours
+        if len(self.recipe.arms) > 1:
+            return f"{ours} minus each other"
+        first = ", ".join(f"{k} {v}" for k, v in next(points(self.recipe.sweep)))
+        return f"{ours} minus itself at {first}" if first else "differences"
 
     @cached_property
     def costs(self) -> list[dict[str, Any]]:
@@ -216,7 +241,8 @@ def wide(findings: Findings, lines: Sequence[Line], *, signed: bool = False) -> 
         where = tuple(place(line))
         row = rows.setdefault(where, {**dict(zip(heads, where, strict=True)), **dict.fromkeys(arms, "")})
         value, interval = shown(line.value, findings.recipe.measure, signed=signed)
-        row[line.arm] = f"{value} ({interval})" + (" *" if signed and line.value.without_zero else "")
+        few = f", {line.value.seeds} seeds" if 1 < line.value.seeds < findings.recipe.seeds else ""
+        row[line.arm] = f"{value} ({interval}{few})" + (" *" if signed and line.value.without_zero else "")
     return list(rows.values())
 
 

@@ -48,12 +48,24 @@ def work(recipe: Recipe, jobs: Sequence[Job], store: Store, told: Told = lambda 
                 if mine and store.result(job.id) is None:  # it may have been done since we looked
                     bench.told = _prefixed(told, job.title)
                     store.begun(job.id)
-                    store.write(job.id, do(bench, job))
+                    with _named(job):
+                        store.write(job.id, do(bench, job))
                     shutil.rmtree(store.work(job.id), ignore_errors=True)
                     did = True
         if not did:
             told("waiting for another process")
             time.sleep(PAUSE)
+
+
+@contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """Puts the job's name on errors: which of a hundred trainings was it?"""
+    try:
+        yield
+    except ContextLoRAError as e:
+        if e.code == "E514":
+            raise
+        raise type(e)(e.code, e.message, where=f"{job.title}, {e.where}" if e.where else job.title) from None
 
 
 def _prefixed(told: Told, title: str) -> Told:
