@@ -140,8 +140,18 @@ class Bench:
         return reader
 
 
+def prepared(opened: Opened, job: Job) -> int:
+    """THE place where a job's blocks are put on its model. Returns how many parameters it trains.
+
+    The one to change when a method needs other layers: training and timing both come here.
+    """
+    c = job.config
+    attach(opened.model, job.graph, layers=c.layers, targets=c.targets, seed=c.seed)
+    return sum(layer.A.numel() + layer.B.numel() for layer in gated_layers(opened.model).values())
+
+
 def trained(opened: Opened, job: Job, out: Path, told: Told) -> dict[str, Any]:
-    """THE place where a job's blocks are put on its model and trained; goes on where it was stopped.
+    """Makes a job's model ready and trains it; goes on where it was stopped.
 
     Args:
         out: where checkpoints go until the job is done.
@@ -152,15 +162,14 @@ def trained(opened: Opened, job: Job, out: Path, told: Told) -> dict[str, Any]:
     Raises:
         RunError: E514 if stopped by Ctrl-C; as `train`.
     """
-    graph, c, model = job.graph, job.config, opened.model
-    attach(model, graph, layers=c.layers, targets=c.targets, seed=c.seed)  # or plan.prepare(model, graph, c)
-    parameters = sum(x.A.numel() + x.B.numel() for x in gated_layers(model).values())  # or plan.count_trained(...)
+    graph, c = job.graph, job.config
+    parameters = prepared(opened, job)
     clock = out / "seconds"
     before, began = read_number(clock), time.perf_counter()
     try:
         with _Told(out, told) as tracker:
             train(
-                model,
+                opened.model,
                 opened.processor,
                 graph,
                 data=opened.folder,

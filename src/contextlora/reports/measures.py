@@ -18,9 +18,8 @@ from contextlora.errors import DataError, did_you_mean
 from contextlora.evaluation.evaluate import answer, evaluate
 from contextlora.evaluation.metrics import score
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import attach
 from contextlora.models.inputs import ImageFeatures
-from contextlora.reports.bench import Bench, forget_peak, levels, machine, peak_memory, trained
+from contextlora.reports.bench import Bench, forget_peak, levels, machine, peak_memory, prepared, trained
 from contextlora.reports.jobs import FORMAT, Job
 from contextlora.strict import Strict
 
@@ -96,8 +95,7 @@ def inference(bench: Bench, job: Job) -> Measured:
     that trained ones take.
     """
     with bench.opened(job) as o, bench.store.lock("timing"):
-        if job.kind == "trained":
-            attach(o.model, job.graph, layers=job.config.layers, targets=job.config.targets, seed=job.config.seed)
+        cost = {"trained_parameters": prepared(o, job)} if job.kind == "trained" else {}
         examples = load_examples(o.folder, job.graph, split=bench.recipe.split)
         scores: Scores = {}
         for task in job.graph.names:
@@ -111,7 +109,7 @@ def inference(bench: Bench, job: Job) -> Measured:
                 taken.append(time.perf_counter() - began)
                 bench.told(f"batch {i + 1} of {len(parts)}, {task}")
             scores[task] = {f"batch {i}": s for i, s in enumerate(taken) if i}  # the first one warms up
-    return scores, {}
+    return scores, cost
 
 
 class _Answered(Strict):

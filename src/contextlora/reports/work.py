@@ -182,7 +182,7 @@ def chosen(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
 def watched(jobs: Sequence[Job], store: Store, quiet: bool) -> Iterator[Told]:
     """A bar over jobs with time left; what it gives is told what is going on."""
     ids = [j.id for j in unique(jobs)]
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     day = 86400.0  # over which the speed is taken: jobs may be long
     with Progress(*columns, console=Console(stderr=True), disable=quiet, speed_estimate_period=day) as bar:
         row = bar.add_task("", total=len(ids), completed=_done(ids, store))
