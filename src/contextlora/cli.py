@@ -371,15 +371,42 @@ def drop(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file. Default: report.html in the folder.")] = None,
+    what: Annotated[str, typer.Argument(help="A run's folder, a recipe's name (accuracy, ...), or a recipe's YAML.")],
+    preset: Annotated[str, typer.Option(help="Of a recipe: smoke (seconds), laptop or gpu.")] = "laptop",
+    out: Annotated[
+        Path | None, typer.Option(help="Of a run: the file. Of a recipe: the folder, reports/RECIPE-PRESET by default.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Of a recipe: how many to work with.", min=1, max=256)] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Of a recipe: work on this scenario. Repeatable.")] = None,
+    overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write report.html: graph, curves, accuracy, pictures."""
-    from contextlora.reports.page import write_report
+    """Show a run as a page, or make a published comparison.
 
-    path = write_report(run, out)
-    _out(as_json, {"report": str(path)}, f"wrote {path}")
+    A run's folder gets report.html. A recipe is trained and measured, arm by arm and seed by seed; Ctrl-C, then the
+    same command again goes on, also on several machines or terminals that share the folder.
+    """
+    if Path(what).is_dir():
+        from contextlora.reports.page import write_report
+
+        path = write_report(what, out)
+        _out(as_json, {"report": str(path)}, f"wrote {path}")
+        return
+    from contextlora.reports.reproduce import reproduce
+    from contextlora.reports.tables import as_data, wide
+
+    made = reproduce(
+        what, preset, overrides=overrides or (), only=only or (), out=out, processes=processes, silent=as_json
+    )
+    found = made.findings
+    if as_json:
+        _out(True, {"report": str(made.page), **as_data(found)}, "")
+        return
+    _table(f"{found.recipe.measure}, with 95 % intervals", wide(found, found.lines))
+    if found.differences:
+        title = f"{found.differences_title}, paired; * where the interval excludes 0"
+        _table(title, wide(found, found.differences, signed=True))
+    typer.echo(f"{found.done} of {found.total} jobs done\nwrote {made.page}")
 
 
 @app.command()

@@ -129,7 +129,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     if data is None:
         data = {}
     for text in overrides:
-        data = _override(data, text)
+        data = override(data, text)
     config = validate(RunConfig, data, path or "--set")
     if path is None:
         return config
@@ -140,8 +140,8 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     return config.model_copy(update=moved)
 
 
-def _override(data: Any, text: str) -> Any:
-    """`data` with one "a.b=value" set."""
+def override(data: Any, text: str) -> Any:
+    """`data` with one "a.b=value" set, the value in YAML. Raises ConfigError E101, E103, E107."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError("E107", f"'{text}' should be KEY=VALUE, e.g. train.epochs=2", where="--set")

@@ -13,8 +13,9 @@ from contextlora.data.records import load_examples
 from contextlora.errors import ConfigError, DataError
 from contextlora.evaluation import evaluate as module
 from contextlora.evaluation.evaluate import answer, context_for, evaluate, option_sets, same_length, score_options
-from contextlora.lora.attach import attach, gated_layers
+from contextlora.lora.attach import attach, decoder_layers, gated_layers
 from contextlora.models.inputs import ImageFeatures
+from contextlora.models.prompts import KnownPrompts
 
 FAMILIES = [tiny.llama, tiny.llava, tiny.idefics3, tiny.qwen25vl]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
@@ -126,6 +127,43 @@ def test_scoring_in_parts_and_without_an_image_after_one(family, folders, monkey
             batch = collate([reader.encoder.sample(e, "action")], 0)
             found = score_options(reader, batch, candidates)
         assert torch.allclose(found[0], brute_force(reader, e, "action", candidates), rtol=0, atol=1e-9)
+
+
+@every_family
+@pytest.mark.parametrize("layers", ["top 1/3", "all"])
+def test_known_prompts_change_nothing_but_the_work(family, folders, layers):
+    """Asked again under other blocks: bit-equal to asking anew, and nothing below the blocks is computed."""
+    model, processor = family(torch.float64)
+    attach(model, graph(), dtype=torch.float64, layers=layers)
+    reader = ImageFeatures(model, Encoder(processor, graph()))
+    examples = load_examples(folders[family is not tiny.llama], graph(), split="test")[:5]
+    lowest = decoder_layers(model)[1][0].self_attn
+    prompts = []
+    lowest.register_forward_pre_hook(
+        lambda _, args, kwargs: prompts.append(kwargs["hidden_states"].shape[1] > 6), with_kwargs=True
+    )
+    candidates = option_sets(graph(), "action")
+    samples = [reader.encoder.sample(e, "action") for e in examples]
+
+    def asked():
+        found = []
+        with torch.no_grad(), model.tasks("action"):
+            for part in same_length(samples, 4):
+                found.append(score_options(reader, collate([samples[i] for i in part], 0), candidates))
+        return found
+
+    known = KnownPrompts(model, 2**30)
+    for fill in (0.1, 0.2):
+        for layer in gated_layers(model).values():
+            layer.B.fill_(fill)
+        reader.prompts = None
+        plain = asked()
+        reader.prompts, prompts[:] = known, []
+        again = asked()
+        assert any(prompts) == (layers == "all" or fill == 0.1)
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    reader.prompts = KnownPrompts(model, 0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, asked(), strict=True)), "no memory, nothing kept"
 
 
 @every_family

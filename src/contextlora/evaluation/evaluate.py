@@ -178,7 +178,7 @@ def score_options(
     last = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     last[:, -1] = True
     with logits_at(model, last):
-        out = model(**inputs, use_cache=True)
+        out = reader.prompts.run(batch, inputs) if reader.prompts else model(**inputs, use_cache=True)
     first: Tensor = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(out.logits.device)].cpu()
     if answers.shape[1] == 1:
         return first

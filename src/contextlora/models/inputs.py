@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from contextlora.data.collate import Batch, Encoder
 from contextlora.data.images import image_hash, open_image
+from contextlora.models.prompts import KnownPrompts
 
 SEAL = 32  # bytes of sha256 before the kept tensors
 FEATURES = "features"  # every other tensor kept beside an image's features goes to the model by its own name
@@ -32,7 +33,12 @@ class ImageFeatures:
         folder: where features are kept by the image's content hash; None keeps them in memory only. The folder must
             be this vision tower's and projector's own: see `models.fingerprint`.
         memory_bytes: at most this much is held in memory; the rest is read from disk again.
+
+    Attributes:
+        prompts: for comparisons, what is known of prompts asked before; None forgets them.
     """
+
+    prompts: KnownPrompts | None = None
 
     def __init__(self, model: nn.Module, encoder: Encoder, folder: Path | None = None, memory_bytes: int = 2 << 30):
         self.model, self.encoder, self.folder = model, encoder, folder

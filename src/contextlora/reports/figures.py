@@ -21,16 +21,16 @@ def loss_curves(losses: Mapping[str, Sequence[float]]) -> str:
     for i, (task, values) in enumerate(losses.items()):
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.2, linewidth=0.8)
-        axes.plot(range(1, len(values) + 1), smooth(values), color=colour, linewidth=1.8, label=_plain(task))
+        axes.plot(range(1, len(values) + 1), smooth(values), color=colour, linewidth=1.8, label=plain(task))
     axes.set_yscale("log")
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(lambda value, _: f"{value:g}"))  # 0.5 rather than 5 x 10^-1
     axes.set_xlabel("update of the task")
     axes.set_ylabel("loss (nats a token)")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-    _bare(axes)
+    bare(axes)
     axes.legend(frameon=False, ncols=4, loc="upper right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def accuracy_bars(
@@ -48,12 +48,12 @@ def accuracy_bars(
         if task in majority:
             place = [i - 0.38, i + 0.38]
             axes.plot(place, [majority[task]] * 2, "--", color="#b8434e", label="" if i else "most frequent answer")
-    axes.set_xticks(range(len(tasks)), [_plain(t) for t in tasks])
+    axes.set_xticks(range(len(tasks)), [plain(t) for t in tasks])
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("accuracy")
-    _bare(axes)
+    bare(axes)
     axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return svg(figure)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -66,17 +66,19 @@ def smooth(values: Sequence[float]) -> list[float]:
     return found
 
 
-def _bare(axes: matplotlib.axes.Axes) -> None:
+def bare(axes: matplotlib.axes.Axes) -> None:
+    """Leaves out what is only frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib neither hides (a leading underscore) nor reads as a formula (a dollar sign)."""
     return text.replace("$", r"\$").lstrip("_") or text
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as SVG text, the same for the same figure."""
     with matplotlib.rc_context(_RC):
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})

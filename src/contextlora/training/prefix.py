@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from contextlora.data.collate import Batch, Sample, collate
-from contextlora.lora.attach import adapted_layers, decoder_layers
+from contextlora.lora.attach import decoder_layers
 from contextlora.models.inputs import ImageFeatures
+from contextlora.models.prompts import lowest_block, standing_in
 
 GROUP = 16
 
@@ -39,9 +40,7 @@ class FrozenPrefix:
 
     def __init__(self, reader: ImageFeatures, budget_bytes: int):
         self.model, self.reader = reader.model, reader
-        path, self.stack = decoder_layers(self.model)
-        adapted = adapted_layers(self.model)
-        self.depth = min(int(name.removeprefix(f"{path}.").split(".")[0]) for name in adapted)
+        self.stack, self.depth = decoder_layers(self.model)[1], lowest_block(self.model)
         self._left = budget_bytes
         self._group_of: dict[str, list[Sample]] = {}
         self._kept: dict[str, Tensor] = {}
@@ -66,18 +65,14 @@ class FrozenPrefix:
         if not self.depth:
             yield
             return
-        hidden = self._hidden(batch, inputs)
-        below = list(self.stack[: self.depth])
-        own = [vars(layer).get("forward") for layer in below]  # offloading sets one
-        for layer in below:
-            layer.forward = lambda *_, **__: hidden  # no hook: a recompute of the layer above must be given it too
-        try:
+        with standing_in(list(self.stack[: self.depth]), self._hidden(batch, inputs)):
             yield
-        finally:
-            for layer, forward in zip(below, own, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
+
+    def fill(self) -> None:
+        """Computes all that was admitted now, instead of when it is first asked for."""
+        for group in {id(g): g for g in self._group_of.values()}.values():
+            if group[0].key not in self._kept:
+                self._compute_group(group)
 
     @torch.no_grad()
     def _hidden(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
@@ -85,10 +80,14 @@ class FrozenPrefix:
             return self._compute(inputs)
         for s in batch.samples:
             if s.key not in self._kept:
-                group = collate(self._group_of[s.key], self.reader.encoder.pad)
-                rows = self._compute(self.reader.inputs(group))
-                self._kept |= {g.key: row[: len(g)].clone() for g, row in zip(group.samples, rows, strict=True)}
+                self._compute_group(self._group_of[s.key])
         return nn.utils.rnn.pad_sequence([self._kept[s.key] for s in batch.samples], batch_first=True)
+
+    @torch.no_grad()
+    def _compute_group(self, group: list[Sample]) -> None:
+        batch = collate(group, self.reader.encoder.pad)
+        rows = self._compute(self.reader.inputs(batch))
+        self._kept |= {s.key: row[: len(s)].clone() for s, row in zip(batch.samples, rows, strict=True)}
 
     def _compute(self, inputs: dict[str, Any]) -> Tensor:
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,64 @@
+"""Figures of a comparison as SVG text: bars by task, or lines over a sweep, both with 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from contextlora.reports.figures import COLOURS, bare, plain, svg
+from contextlora.reports.statistics import Interval
+
+Series = Mapping[str, Mapping[str, Interval]]  # by what the legend says, then by the place on the x axis
+LABELS = {"accuracy": "accuracy", "inference": "seconds a batch"}
+
+
+def bars(series: Series, measure: str) -> str:
+    """Grouped bars: one group for each place, one bar for each of the series."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    places = list(dict.fromkeys(p for values in series.values() for p in values))
+    width = 0.8 / max(1, len(series))
+    for i, (name, values) in enumerate(series.items()):
+        at = [places.index(p) + (i - (len(series) - 1) / 2) * width for p in values]
+        means = [v.mean for v in values.values()]
+        axes.bar(at, means, width * 0.92, color=COLOURS[i % len(COLOURS)], label=plain(name))
+        axes.errorbar(at, means, _reach(list(values.values())), fmt="none", ecolor="#123", capsize=2, linewidth=1)
+    axes.set_xticks(range(len(places)), [plain(p) for p in places])
+    if measure == "accuracy":
+        axes.set_ylim(0, 1.05)
+    axes.set_ylabel(LABELS[measure])
+    bare(axes)
+    axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    return svg(figure)
+
+
+def lines(series: Series, measure: str, label: str) -> str:
+    """One line for each of the series over the places, which are numbers or words, with a band for its interval."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    places = list(dict.fromkeys(p for values in series.values() for p in values))
+    at = _positions(places)
+    for i, (name, values) in enumerate(series.items()):
+        colour, x = COLOURS[i % len(COLOURS)], [at[p] for p in values]
+        axes.plot(x, [v.mean for v in values.values()], "o-", color=colour, markersize=4, label=plain(name))
+        low, high = [v.low for v in values.values()], [v.high for v in values.values()]
+        axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+    axes.set_xticks([at[p] for p in places], [plain(p) for p in places])
+    axes.set_xlabel(plain(label))
+    axes.set_ylabel(LABELS[measure])
+    bare(axes)
+    axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    return svg(figure)
+
+
+def _positions(places: Sequence[str]) -> dict[str, float]:
+    """Where each place lies on the x axis: at its number, or in order if they are not all numbers."""
+    try:
+        return {p: float(p) for p in places}
+    except ValueError:
+        return {p: float(i) for i, p in enumerate(places)}
+
+
+def _reach(values: Sequence[Interval]) -> list[list[float]]:
+    return [[max(0.0, v.mean - v.low) for v in values], [max(0.0, v.high - v.mean) for v in values]]

@@ -1,0 +1,233 @@
+"""A recipe: one YAML from which a published comparison is made again, and its presets for machines of three sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from contextlora.config import AlignConfig, Number, TrainConfig, override
+from contextlora.data.scenes import SCENARIOS
+from contextlora.errors import ConfigError, did_you_mean
+from contextlora.graph import Rank
+from contextlora.strict import Strict, read_yaml, validate
+
+SHIPPED = resources.files("contextlora") / "recipes"
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class DataSizes(Strict):
+    """Pictures of a drawn scenario by split, and the seed they are drawn from."""
+
+    train: Count = 400
+    valid: Count = 100
+    test: Count = 400
+    seed: Count = 7
+
+
+class Arm(TrainConfig):
+    """One side of a comparison: what it changes of the training, or an answerer that is not trained at all.
+
+    Attributes:
+        zero_shot: the base model answers as it is.
+        answers: a file of answers that an outside model gave, one object a line:
+            {"id": example's id, "answers": {task: [options]}}; "{scenario}" in its path is the scenario's name.
+        ranks: r_v of tasks, where they are not the graph's.
+        prerequisites: which of its ancestors a task builds on, where it is not the graph's rule.
+    """
+
+    zero_shot: bool = False
+    answers: str | None = None
+    ranks: dict[str, Rank] = Field(default_factory=dict)
+    prerequisites: Literal["direct", "all"] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Arm:
+        if "seed" in self.model_fields_set:
+            raise ValueError("seed: the recipe's `seeds` counts them")
+        if self.kind != "trained" and len(self.model_fields_set) > 1:
+            others = ", ".join(sorted(self.model_fields_set - {"zero_shot", "answers"}) or ("answers",))
+            raise ValueError(f"{self.kind} stands alone; leave out {others}")
+        return self
+
+    @property
+    def kind(self) -> Literal["trained", "zero_shot", "answers"]:
+        """How it comes to its answers."""
+        return "zero_shot" if self.zero_shot else "trained" if self.answers is None else "answers"
+
+    def overrides(self) -> dict[str, Any]:
+        """The keys of TrainConfig that it sets."""
+        return self.model_dump(exclude_unset=True, include=set(TrainConfig.model_fields))
+
+
+class Published(Strict):
+    """The paper's own numbers, shown beside ours. What it does not print as a number is null, never a guess."""
+
+    note: str = ""
+    rows: dict[str, dict[str, Number | None]] = Field(default_factory=dict)
+
+
+class Preset(Strict):
+    """What depends on the machine; a preset sets some of it, and the rest stays as the recipe says.
+
+    Attributes:
+        model, dtype, device, align: as in a run's configuration. The projector is aligned on what the arms train on.
+        data: sizes of drawn scenarios; a data folder is used as it is.
+        train: overrides of TrainConfig that all arms share.
+        scenarios: names of drawn scenarios, or data folders.
+        sweep: keys of TrainConfig, each with the values it takes; all combinations are run.
+        seeds: how many; they are 0, 1, ...
+    """
+
+    model: str = "smol"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    data: DataSizes = DataSizes()
+    align: AlignConfig = AlignConfig(epochs=0)
+    train: TrainConfig = TrainConfig()
+    scenarios: Names = ()
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(default_factory=dict)
+    seeds: Annotated[int, Field(ge=1, le=100)] = 5
+
+    @field_validator("train")
+    @classmethod
+    def _no_seed(cls, value: TrainConfig) -> TrainConfig:
+        if "seed" in value.model_fields_set:
+            raise ValueError("seed: the recipe's `seeds` counts them")
+        return value
+
+    @field_validator("sweep")
+    @classmethod
+    def _trainable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, points in value.items():
+            if key == "seed":
+                raise ValueError("seed: the recipe's `seeds` counts them")
+            for point in points:
+                try:
+                    validate(TrainConfig, {key: point})
+                except ConfigError as e:
+                    raise ValueError(e.message) from None
+        return value
+
+
+class _Comparison(Preset):
+    """What is compared.
+
+    Attributes:
+        title: in a few words.
+        paper: which figure or table of the paper it makes again.
+        measure: "accuracy" (share of right answers) or "inference" (seconds for one batch).
+        arms: by the name they are shown under. The first is ours: differences are ours minus each other.
+        split: what is measured on.
+        read: the tasks that tables and figure show: all, or the last of the graph. results.csv has all of them.
+        figure: bars by task, or lines over the sweep.
+        published: the paper's numbers.
+    """
+
+    title: str
+    paper: str
+    measure: Literal["accuracy", "inference"] = "accuracy"  # `masks` and `repair` come here, and into measures.py
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    split: Literal["test", "valid"] = "test"
+    read: Literal["all", "last"] = "all"
+    figure: Literal["bars", "lines"] = "bars"
+    published: Published = Published()
+
+    @model_validator(mode="after")
+    def _lines_need_a_sweep(self) -> _Comparison:
+        if self.figure == "lines" and not self.sweep:
+            raise ValueError("figure: lines run over a sweep, and there is none; use bars")
+        return self
+
+
+class RecipeFile(_Comparison):
+    """A recipe as written, with its presets."""
+
+    presets: dict[str, Preset] = Field(default_factory=dict)
+
+
+class Recipe(_Comparison):
+    """A recipe with one preset put in: all that says what is run.
+
+    Attributes:
+        name: of the recipe.
+        preset: that was put in.
+    """
+
+    name: str
+    preset: str
+
+    @property
+    def ours(self) -> str:
+        """The name of the first arm."""
+        return next(iter(self.arms))
+
+
+def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe and puts a preset in.
+
+    Args:
+        name: a shipped recipe's name, or a YAML file. Relative paths in a file count from its folder.
+        preset: "smoke" (seconds), "laptop" or "gpu"; whatever the recipe has.
+        overrides: "a.b=value" strings, set last; paths in them count from here.
+
+    Raises:
+        ConfigError: E101 to E103, E107; E115 an unknown recipe or preset, E116 an unknown scenario.
+    """
+    path = _find(str(name))
+    raw = read_yaml(path)
+    written = validate(RecipeFile, raw, path)
+    if preset not in written.presets:
+        text = f"no preset '{preset}'.{did_you_mean(preset, written.presets)} There are: {', '.join(written.presets)}"
+        raise ConfigError("E115", text, where=path)
+    home = path.parent if str(path) == str(name) else Path()
+    presets = raw.pop("presets")
+    data: Any = _at_home(_merged(raw, presets[preset]), home)
+    for text in overrides:
+        data = override(data, text)
+    recipe = validate(Recipe, {**data, "name": path.stem, "preset": preset}, path)
+    if not recipe.scenarios:
+        raise ConfigError("E116", "names no data; add --set scenarios=[FOLDER], made by contextlora init", where=path)
+    for scenario in recipe.scenarios:
+        if scenario not in SCENARIOS and not (Path(scenario) / "data.jsonl").is_file():
+            hint = did_you_mean(scenario, SCENARIOS) or f" Drawn scenarios: {', '.join(SCENARIOS)}"
+            raise ConfigError("E116", f"'{scenario}' is no scenario and no data folder.{hint}", where=path)
+    return recipe
+
+
+def recipes() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(Path(f.name).stem for f in SHIPPED.iterdir() if f.name.endswith(".yaml"))
+
+
+def _find(name: str) -> Path:
+    """The file that `name` means. Raises ConfigError E115."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if name not in (known := recipes()):
+        text = f"no recipe and no run's folder '{name}'.{did_you_mean(name, known)} Recipes: {', '.join(known)}"
+        raise ConfigError("E115", text, where="report")
+    return Path(str(SHIPPED / f"{name}.yaml"))
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`one` with what `other` sets, mappings key by key; a sweep or a set of arms is replaced as a whole."""
+    merged = dict(one)
+    for key, value in other.items():
+        deep = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "sweep"
+        merged[key] = _merged(merged[key], value) if deep else value
+    return merged
+
+
+def _at_home(data: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Paths in a recipe's file, from where the command is run."""
+    scenarios = [s if s in SCENARIOS else str(home / s) for s in data.get("scenarios", ())]
+    arms = {
+        name: {**arm, "answers": str(home / arm["answers"])} if arm.get("answers") else arm
+        for name, arm in data["arms"].items()
+    }
+    return {**data, "arms": arms, **({"scenarios": scenarios} if scenarios else {})}

@@ -1,0 +1,122 @@
+"""Recipes: those that are shipped are whole, and every fault in one is told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from contextlora.errors import ConfigError
+from contextlora.reports.jobs import expand, unique
+from contextlora.reports.recipe import SHIPPED, load_recipe, recipes
+from contextlora.reports.work import default_folder
+
+SMALL = {
+    "title": "t",
+    "paper": "p",
+    "scenarios": ["iov"],
+    "arms": {"ours": {"method": "paper"}, "other": {"method": "lora", "lr": 2e-3}},
+    "presets": {"smoke": {"seeds": 2, "train": {"epochs": 1}}},
+}
+
+
+def written(folder: Path, **changes: object) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_shipped_recipes_are_whole(name: str, tmp_path: Path):
+    first = Path(str(SHIPPED / f"{name}.yaml")).read_text().splitlines()[0]
+    assert first.startswith(f"# contextlora report {name} --preset laptop")
+    for preset in ("smoke", "laptop", "gpu"):
+        given = ["scenarios=[city]"] if name == "rad" else []
+        recipe = load_recipe(name, preset, given)
+        jobs = expand(recipe)
+        assert len(jobs) == recipe.seeds * len(recipe.scenarios) * len(recipe.arms) * max(
+            1, len(next(iter(recipe.sweep.values()), ()))
+        )
+        assert [j.seed for j in jobs] == sorted(j.seed for j in jobs)
+        assert recipe.published.note
+    assert default_folder(recipe) == Path("reports") / f"{name}-gpu"
+
+
+def test_a_preset_and_overrides_are_put_in(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path), "smoke", ["train.lr=0.01", "arms.other.lr=1e-3", "data.test=8"])
+    assert (recipe.name, recipe.preset, recipe.seeds, recipe.ours) == ("mine", "smoke", 2, "ours")
+    jobs = {j.arm: j.config for j in expand(recipe)}
+    assert (jobs["ours"].epochs, jobs["ours"].lr, jobs["other"].lr) == (1, 0.01, 0.001)
+    assert (recipe.data.test, recipe.data.train) == (8, 400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"titel": "x"}, "Did you mean 'title'?"),
+        ({"arms": {"a": {"metod": "lora"}}}, "Did you mean 'method'?"),
+        ({"arms": {"a": {"method": "dora"}}}, "'lora'"),
+        ({"arms": {"a": {"zero_shot": True, "lr": 1.0}}}, "leave out lr"),
+        ({"arms": {"a": {"seed": 1}}}, "`seeds` counts them"),
+        ({"arms": {}}, "arms"),
+        ({"sweep": {"frozen_rato": [1.0]}}, "Did you mean 'frozen_ratio'?"),
+        ({"sweep": {"frozen_ratio": [2.0]}}, "less than or equal to 1"),
+        ({"train": {"seed": 1}}, "`seeds` counts them"),
+        ({"figure": "lines"}, "there is none"),
+        ({"seeds": "five"}, "seeds: should be a valid integer"),
+        ({"presets": {"smoke": {"modle": "x"}}}, "Did you mean 'model'?"),
+    ],
+)
+def test_faults(tmp_path: Path, changes: dict[str, object], said: str):
+    with pytest.raises(ConfigError, match="E103") as e:
+        load_recipe(written(tmp_path, **changes), "smoke")
+    assert said in str(e.value)
+
+
+def test_all_faults_at_once(tmp_path: Path):
+    with pytest.raises(ConfigError) as e:
+        load_recipe(written(tmp_path, titel="x", seeds=0, figure="pie"), "smoke")
+    assert str(e.value).count("\n  - ") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "given", "code"),
+    [
+        ("acuracy", "smoke", [], "E115"),
+        ("accuracy", "smok", [], "E115"),
+        ("accuracy", "smoke", ["scenarios=[iow]"], "E116"),
+        ("rad", "smoke", [], "E116"),
+        ("accuracy", "smoke", ["seeds"], "E107"),
+        ("accuracy", "smoke", ["arms.LoRA.ranks={strategi: 4}"], "E104"),
+    ],
+)
+def test_what_is_not_there(name: str, preset: str, given: list[str], code: str):
+    with pytest.raises(ConfigError, match=code):
+        expand(load_recipe(name, preset, given))
+
+
+def test_ids_say_what_decides_a_result_and_nothing_else(tmp_path: Path):
+    path = written(tmp_path, arms={**SMALL["arms"], "base": {"zero_shot": True}})
+    first = {j.id for j in expand(load_recipe(path, "smoke"))}
+    assert first == {j.id for j in expand(load_recipe(path, "smoke", ["title=x", "figure=bars", "read=last"]))}
+    assert first == {j.id for j in expand(load_recipe(path, "smoke", ["train.checkpoint_every=3"]))}
+    assert len(first & {j.id for j in expand(load_recipe(path, "smoke", ["train.lr=0.1"]))}) == 3  # not those of ours
+    for change in ("model=x", "data.train=9", "split=valid", "dtype=float32", "align.epochs=1"):
+        assert not first & {j.id for j in expand(load_recipe(path, "smoke", [change]))}, change
+    renamed = load_recipe(path, "smoke", ["arms={mine: {method: paper}}"])
+    assert {j.id for j in expand(renamed)} < first
+
+
+def test_an_untrained_arm_is_measured_once_unless_the_seed_changes_its_base(tmp_path: Path):
+    path = written(tmp_path, arms={"ours": {}, "base": {"zero_shot": True}})
+    assert len(unique(expand(load_recipe(path, "smoke")))) == 3
+    assert len(unique(expand(load_recipe(path, "smoke", ["sweep={label_noise: [0.5]}"])))) == 4
+    assert len({j.base for j in expand(load_recipe(path, "smoke"))}) == 1
+
+
+def test_ranks_and_prerequisites_are_an_arms_own(tmp_path: Path):
+    arms = {"ours": {}, "wide": {"ranks": {"strategy": 3}, "prerequisites": "all"}}
+    ours, wide = expand(load_recipe(written(tmp_path, arms=arms), "smoke"))[:2]
+    assert (ours.graph.rank_of("strategy"), wide.graph.rank_of("strategy")) == (8, 3)
+    assert wide.graph.prerequisite_rule == "all"
