@@ -59,6 +59,7 @@ class TrainConfig(Strict):
         layers: decoder layers that carry blocks: "all", "top 1/3", "bottom 1/2" or "first-last".
         targets: names of linears that carry blocks; None means all of a decoder layer.
         label_noise: share of the roots' training pairs that are shuffled (robustness experiments).
+        noise_tasks: the tasks whose pairs `label_noise` shuffles instead; None means every root with options.
         max_train: use this many training records, drawn by the seed; None uses all.
         prefix_cache_gb: memory for activations of frozen layers below the first block; 0 recomputes them.
         checkpoint_every: updates between checkpoints.
@@ -79,6 +80,7 @@ class TrainConfig(Strict):
     layers: str = "all"
     targets: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     label_noise: Share = 0.0
+    noise_tasks: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     max_train: Annotated[int, Field(ge=1)] | None = None
     prefix_cache_gb: NotNegative = 2.0
     checkpoint_every: Annotated[int, Field(ge=1)] = 200

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from contextlora.data.noise import label_noise
 from contextlora.data.records import Example
-from contextlora.errors import DataError
+from contextlora.errors import ConfigError, DataError
 from contextlora.graph import TaskGraph
 
 GRAPH = TaskGraph.from_dict(
@@ -105,3 +105,35 @@ def test_seeds_order_and_nesting() -> None:
 def test_a_share_is_a_share(fraction: float) -> None:
     with pytest.raises(DataError, match="E209"):
         label_noise(examples(3), GRAPH, fraction, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(0, 40), fraction=st.floats(0, 1), seed=st.integers(0, 2**32))
+def test_named_tasks_alone_move_and_by_default_the_roots(n: int, fraction: float, seed: int) -> None:
+    before = examples(n)
+    one = label_noise(before, GRAPH, fraction, seed, ("a",))
+    assert {t for _, t in moved(before, one)} <= {"a"}
+    own = sorted(e.answers["a"] for e in before if e.split == "train")
+    assert own == sorted(e.answers["a"] for e in one if e.split == "train"), "permuted among its own pairs"
+    roots = label_noise(before, GRAPH, fraction, seed)
+    assert roots == label_noise(before, GRAPH, fraction, seed, ("a", "b")) == label_noise(before, GRAPH, fraction, seed)
+    assert label_noise(before, GRAPH, fraction, seed, ()) == before
+
+
+def test_the_default_is_what_it_ever_was() -> None:
+    """Recorded before `tasks` came: results of old runs stay comparable."""
+    after = label_noise(examples(12, ("train",)), GRAPH, 0.5, 7)
+    told = "".join(f"{e.answers['a'][0]} {e.answers.get('b', ('-',))[0]};" for e in after)
+    assert told == "a9 -;a1 b1;b11 b2;a3 -;b4 a2;a5 b5;a6 -;a7 b7;a8 b8;a4 -;a10 a11;a0 b10;"
+
+
+def test_a_dependent_task_can_be_named() -> None:
+    before = [Example(f"e{i}", None, {"a": ("a1",), "child": (f"c{i}",)}, {}, "train") for i in range(20)]
+    assert {t for _, t in moved(before, label_noise(before, GRAPH, 1.0, 0, ("child",)))} == {"child"}
+
+
+def test_tasks_that_cannot_be_noised_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"E104 no task 'chlid' .* Did you mean 'child'\?"):
+        label_noise(examples(3), GRAPH, 0.1, 0, ("a", "chlid"))
+    with pytest.raises(DataError, match="E209 noise_tasks: task 'free' has free answers"):
+        label_noise(examples(3), GRAPH, 0.1, 0, ("free",))

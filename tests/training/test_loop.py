@@ -12,7 +12,7 @@ import tiny
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.data.records import load_examples
-from contextlora.errors import DataError, RunError
+from contextlora.errors import ConfigError, DataError, RunError
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.attach import attach, attached_state, gated_layers, trainable_groups
 from contextlora.lora.sharing import Phase, along_graph
@@ -469,3 +469,13 @@ def test_training_without_resume_starts_anew(runs, words, tmp_path):
         )
     assert furthest(runs.trained(words), runs.blocks(runs.train(*runs.attached(), words, out=out))) == 0
     trainable_groups(runs.attached()[0], [])
+
+
+def test_label_noise_reaches_the_named_tasks_alone(words):
+    clean = training_examples(words, tiny.graph(), TrainConfig())
+    config = TrainConfig(label_noise=1.0, noise_tasks=("action",))
+    noisy = training_examples(words, tiny.graph(), config)
+    moved = {t for e, n in zip(clean, noisy, strict=True) for t in e.answers if e.answers[t] != n.answers[t]}
+    assert moved == {"action"}
+    with pytest.raises(ConfigError, match="E104 no task 'acton'"):
+        training_examples(words, tiny.graph(), config.model_copy(update={"noise_tasks": ("acton",)}))

@@ -129,7 +129,9 @@ def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -
     if config.max_train is not None and config.max_train < len(examples):
         drawn = random.Random(f"max_train {config.seed}").sample(range(len(examples)), config.max_train)
         examples = [examples[i] for i in sorted(drawn)]  # files often hold one class after another
-    return label_noise(examples, graph, config.label_noise, config.seed) if config.label_noise else examples
+    if not config.label_noise:
+        return examples
+    return label_noise(examples, graph, config.label_noise, config.seed, config.noise_tasks)
 
 
 def known_samples(reader: ImageFeatures, examples: Sequence[Example], config: TrainConfig) -> list[Sample]:
