@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from typing import TypeVar
@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from contextlora.errors import AdapterError, ConfigError, did_you_mean
+from contextlora.errors import AdapterError, ConfigError, RunError, did_you_mean
 from contextlora.graph import TaskGraph
 from contextlora.lora.gates import GateState, carry_gate_into_recompute
 from contextlora.lora.layer import AdaptedLinear, GatedLinear
@@ -108,6 +108,15 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, GatedLinear)}
 
 
+def block_layers(model: nn.Module) -> dict[str, GatedLinear]:
+    """`gated_layers` of a model that must have some. Raises AdapterError E303 where no task owns a block."""
+    graph_of(model)
+    found = gated_layers(model)
+    if not found:
+        raise AdapterError("E303", "the model has layers of a method in which no task owns a block; use paper or lora")
+    return found
+
+
 def graph_of(model: nn.Module) -> TaskGraph:
     """The attached graph. Raises AdapterError E303 on a plain model."""
     state = attached_state(model)
@@ -153,6 +162,38 @@ def trainable_groups(
     for layer in layers:
         layer.open(counts)
     return {o: [p for layer in layers for p in layer.owned(o)] for o in counts}
+
+
+@contextmanager
+def sharing_as(model: nn.Module, change: Callable[[Sharing], Sharing]) -> Iterator[Sharing]:
+    """Inside, tasks that are entered (`with model.tasks(...)`) use the blocks of the changed sharing, ever after not.
+
+    Raises:
+        AdapterError: E303 on a model without blocks of tasks. RunError: E501 within a task, whose gate is set already.
+    """
+    block_layers(model)
+    state = attached_state(model)
+    assert state is not None
+    if state.current is not None:
+        raise RunError("E501", "a task is entered already and would not notice; mask blocks outside `model.tasks(...)`")
+    before = state.sharing
+    state.sharing = change(before)
+    try:
+        yield state.sharing
+    finally:
+        state.sharing = before
+
+
+@contextmanager
+def opened(model: nn.Module, tasks: Iterable[str], sharing: Sharing) -> Iterator[dict[str, list[nn.Parameter]]]:
+    """`trainable_groups` for a while: at the end the sharing, what learned and requires_grad are as they were."""
+    with ExitStack() as undo:
+        wanted = [(p, p.requires_grad) for p in model.parameters()]
+        undo.callback(lambda: [p.requires_grad_(flag) for p, flag in wanted])
+        undo.enter_context(sharing_as(model, lambda _: sharing))
+        for layer in block_layers(model).values():
+            undo.enter_context(layer.open_again())
+        yield trainable_groups(model, tasks, sharing)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -38,8 +38,9 @@ class Gate:
         used = dict.fromkeys(self.tasks)
         on = [n for n in graph.names if any(n in sharing.active[t] for t in used)]
         owned = [r for n in on for r in graph.block(n)]
-        contiguous = owned == list(range(owned[0], owned[-1] + 1))
-        self.ranks = slice(owned[0], owned[-1] + 1) if contiguous else torch.tensor(owned)
+        start = owned[0] if owned else 0  # every block may be masked: then no rank is on, and the base model answers
+        contiguous = owned == list(range(start, start + len(owned)))
+        self.ranks = slice(start, start + len(owned)) if contiguous else torch.tensor(owned)
         self.columns: dict[str, range] = {}
         at = 0
         for n in on:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,6 +117,15 @@ class GatedLinear(AdaptedLinear):
 
     def owned(self, owner: str) -> list[nn.Parameter]:
         return [self.learning[f"{owner}_{side}"] for side in "AB"] if owner in self._rows else []
+
+    @contextmanager
+    def open_again(self) -> Iterator[None]:
+        """Whatever is opened inside, at the end what was open before is: the very Parameters an optimizer may hold."""
+        before = self.learning, self._rows
+        try:
+            yield
+        finally:
+            self.learning, self._rows = before
 
     def tensors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B}

@@ -1,0 +1,231 @@
+"""Isolation and repair: one task's training answers were poisoned; what does it cost to put that right?
+
+ContextLoRA, section I-C ("Robust": compromised data "can be isolated and repaired") and section VII-B: a task's data can
+spoil its own block alone, so that block is trained again, then the blocks trained on top of it. A joint adapter has no
+such part: it goes on training on that task's clean answers, which may cost the other tasks, or starts all over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contextlora.config import TrainConfig
+from contextlora.data.collate import Encoder
+from contextlora.data.noise import label_noise
+from contextlora.errors import ConfigError
+from contextlora.evaluation.evaluate import Evaluation, evaluate
+from contextlora.graph import TaskGraph
+from contextlora.lora.attach import adapted_layers, detach, gated_layers
+from contextlora.lora.sharing import Plan
+from contextlora.models.inputs import ImageFeatures
+from contextlora.training.loop import train, training_examples
+from contextlora.training.plan import count_trained, planned, prepare
+from contextlora.training.track import Tracker
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training and what every task can do after it.
+
+    Attributes:
+        name: "clean", "poisoned", "repaired" and "descendants" with blocks, "continued" and "retrained" without.
+        tasks: what was trained, in declared order.
+        evaluation: accuracy and answers of all tasks.
+        updates: optimizer updates, those of runs side by side counted each.
+        samples: training samples seen, a sample once for each epoch and phase.
+        seconds: of training, reading the data included, measuring not.
+        parameters: how many were trained, each counted once.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    evaluation: Evaluation
+    updates: int
+    samples: int
+    seconds: float
+    parameters: int
+
+
+def isolate_and_repair(
+    model: nn.Module,
+    processor: Any,
+    graph: TaskGraph,
+    *,
+    data: str | Path,
+    split: str = "test",
+    out: str | Path,
+    config: TrainConfig,
+    task: str,
+    features: ImageFeatures | None = None,
+    quiet: bool = False,
+) -> list[Step]:
+    """Trains clean, trains with one task poisoned, and repairs; all tasks are measured after every step.
+
+    With a block for each task (paper, lora-per-task, hard-routing):
+
+    0. "clean": everything on clean answers, for reference.
+    1. "poisoned": everything, `task`'s answers shuffled among themselves.
+    2. "repaired": `task`'s block reset and trained alone on clean answers. No other block changes by a byte.
+    3. "descendants": the blocks trained on top of it, directly or through one another, reset and trained again; left
+       out where there are none.
+
+    With one run over all tasks (lora, hydralora, mole-joint, lori-d) after 0 and 1:
+
+    2. "continued": the adapter goes on from there on clean answers of `task` alone, as many updates as a block's repair.
+    3. "retrained": everything from scratch on clean answers. That is step 0 again, bit for bit: its weights and figures
+       are taken, not computed twice.
+
+    Repairs freeze prerequisites whole (frozen_ratio 1): otherwise they would change blocks that nothing is wrong with.
+    For the same reason a run with delta > 0 is not fully isolated: what the poisoned task did to its prerequisites'
+    first ranks stays.
+
+    Args:
+        model: the frozen base model; blocks that it has are replaced, and it ends with those of the last step.
+        processor, graph, data, features: as in `train`.
+        split: what is measured.
+        out: a folder with one run's folder a step. Begun anew, everything starts again at step 0.
+        config: of every training; `label_noise` is the poisoned share of the task's answers, 0 means all. Prompts that
+            name prerequisites' answers name the models' own when measured.
+        task: whose answers are poisoned.
+        quiet: no progress bars.
+
+    Raises:
+        ConfigError: E104 for an unknown task, E121 for a method that has neither blocks nor a single run. DataError:
+            E209 for a task with free answers. Otherwise as `train`.
+    """
+    clean = config.model_copy(update={"label_noise": 0.0, "noise_tasks": None})
+    poison = config.model_copy(update={"label_noise": config.label_noise or 1.0, "noise_tasks": (task,)})
+    label_noise([], graph, poison.label_noise, poison.seed, (task,))  # refuses the task before hours of training
+    joint = _is_joint(planned(graph, None, config), config.method)
+    reader = features or ImageFeatures(model, Encoder(processor, graph))
+    bench = _Bench(model, processor, graph, Path(data), split, Path(out), reader, quiet)
+
+    steps = [bench.from_scratch("clean", clean)]
+    kept = _weights(model) if joint else {}
+    steps.append(bench.from_scratch("poisoned", poison))
+    if joint:
+        steps.append(bench.step("continued", (task,), clean))
+        _restore(model, kept)
+        return [*steps, replace(steps[0], name="retrained")]
+    repair = clean.model_copy(update={"frozen_ratio": 1.0})
+    steps.append(bench.anew("repaired", (task,), repair))
+    above = users(planned(graph, None, config), task)
+    return [*steps, bench.anew("descendants", above, repair)] if above else steps
+
+
+def users(plan: Plan, task: str) -> tuple[str, ...]:
+    """The tasks that answer with `task`'s block, and those that answer with theirs, and so on, in declared order."""
+    found, fresh = {task}, {task}
+    while fresh:
+        fresh = {t for t, on in plan.answering.active.items() if fresh.intersection(on)} - found
+        found |= fresh
+    return tuple(t for t in plan.answering.active if t in found and t != task)
+
+
+def _is_joint(plan: Plan, method: str) -> bool:
+    """Whether one run trains all tasks; False where each trains its own block. Raises ConfigError E121 for neither."""
+    if len(plan.phases) == 1 and len(plan.phases[0].runs) == 1 and len(plan.phases[0].tasks) > 1:
+        return True
+    if method not in ("paper", "lora-per-task", "hard-routing"):
+        text = f"'{method}' has no block that one task alone answers for, nor a single run to go on with"
+        raise ConfigError("E121", f"{text}; repair can compare paper, lora-per-task or lora", where="train.method")
+    return False
+
+
+@dataclass
+class _Bench:
+    """What all steps share."""
+
+    model: nn.Module
+    processor: Any
+    graph: TaskGraph
+    data: Path
+    split: str
+    out: Path
+    reader: ImageFeatures
+    quiet: bool
+
+    def from_scratch(self, name: str, config: TrainConfig) -> Step:
+        """New layers, everything trained."""
+        detach(self.model)
+        prepare(self.model, self.graph, config)
+        return self.step(name, self.graph.names, config)
+
+    def anew(self, name: str, tasks: Sequence[str], config: TrainConfig) -> Step:
+        """The tasks' blocks at their first values, and trained."""
+        for layer in gated_layers(self.model).values():
+            for t in tasks:
+                layer.reset(t, config.seed)
+        return self.step(name, tasks, config)
+
+    def step(self, name: str, tasks: Sequence[str], config: TrainConfig) -> Step:
+        """Trains `tasks` from where the model is, then measures all."""
+        plan = planned(self.graph, tasks, config)
+        parameters = count_trained(self.model, plan)
+        folder = self.out / name
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that was interrupted
+        watch = _Counting(folder, quiet=self.quiet)
+        begun = time.perf_counter()
+        self._train(folder, tasks, config, watch)
+        seconds = time.perf_counter() - begun
+        result = self._measure(config)
+        return Step(name, tuple(tasks), result, watch.updates, self._seen(plan, config), seconds, parameters)
+
+    def _train(self, folder: Path, tasks: Iterable[str], config: TrainConfig, watch: Tracker) -> None:
+        train(
+            self.model,
+            self.processor,
+            self.graph,
+            data=self.data,
+            out=folder,
+            config=config,
+            tasks=tasks,
+            features=self.reader,
+            tracker=watch,
+        )
+
+    def _measure(self, config: TrainConfig) -> Evaluation:
+        context = "none" if config.context == "none" else "predicted"
+        return evaluate(
+            self.model,
+            self.processor,
+            self.graph,
+            data=self.data,
+            split=self.split,
+            context=context,
+            features=self.reader,
+        )
+
+    def _seen(self, plan: Plan, config: TrainConfig) -> int:
+        """Training samples of a plan: an epoch shows each of a run's exactly once."""
+        examples = training_examples(self.data, self.graph, config)
+        return config.epochs * sum(t in e.answers for phase in plan.phases for t in phase.tasks for e in examples)
+
+
+class _Counting(Tracker):
+    """Counts updates."""
+
+    updates = 0
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        super().log(step, values)
+        self.updates += len(values["loss"])  # one for each run that had an update
+
+
+def _weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """A copy of all that training may have changed."""
+    return {p: {n: t.clone() for n, t in layer.tensors().items()} for p, layer in adapted_layers(model).items()}
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, kept: dict[str, dict[str, Tensor]]) -> None:
+    for path, layer in adapted_layers(model).items():
+        for name, mine in layer.tensors().items():
+            mine.copy_(kept[path][name])
