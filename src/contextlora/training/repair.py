@@ -1,8 +1,8 @@
 """Isolation and repair: one task's training answers were poisoned; what does it cost to put that right?
 
-ContextLoRA, section I-C ("Robust": compromised data "can be isolated and repaired") and section VII-B: a task's data can
-spoil its own block alone, so that block is trained again, then the blocks trained on top of it. A joint adapter has no
-such part: it goes on training on that task's clean answers, which may cost the other tasks, or starts all over.
+ContextLoRA, sections I-C ("Robust": compromised data "can be isolated and repaired") and VII-B: a task's data spoils
+its own block, so that block is trained again, then the blocks trained on top of it. A joint adapter has no such part:
+it goes on training on that task's clean answers, which may cost the other tasks, or starts all over.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import train, training_examples
 from contextlora.training.plan import count_trained, planned, prepare
 from contextlora.training.track import Tracker
+
+BLOCKWISE = ("paper", "lora-per-task", "hard-routing")  # each task's samples train its own block and no other
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ def isolate_and_repair(
 
     With one run over all tasks (lora, hydralora, mole-joint, lori-d) after 0 and 1:
 
-    2. "continued": the adapter goes on from there on clean answers of `task` alone, as many updates as a block's repair.
-    3. "retrained": everything from scratch on clean answers. That is step 0 again, bit for bit: its weights and figures
-       are taken, not computed twice.
+    2. "continued": the adapter goes on from there on clean answers of `task` alone, as many updates as a block's
+       repair.
+    3. "retrained": everything from scratch on clean answers. That is step 0 again, bit for bit: its weights and
+       figures are taken, not computed twice.
 
     Repairs freeze prerequisites whole (frozen_ratio 1): otherwise they would change blocks that nothing is wrong with.
     For the same reason a run with delta > 0 is not fully isolated: what the poisoned task did to its prerequisites'
@@ -131,12 +134,12 @@ def users(plan: Plan, task: str) -> tuple[str, ...]:
 
 def _is_joint(plan: Plan, method: str) -> bool:
     """Whether one run trains all tasks; False where each trains its own block. Raises ConfigError E121 for neither."""
-    if len(plan.phases) == 1 and len(plan.phases[0].runs) == 1 and len(plan.phases[0].tasks) > 1:
-        return True
-    if method not in ("paper", "lora-per-task", "hard-routing"):
+    if method in BLOCKWISE:
+        return False
+    if [len(phase.runs) for phase in plan.phases] != [1]:
         text = f"'{method}' has no block that one task alone answers for, nor a single run to go on with"
         raise ConfigError("E121", f"{text}; repair can compare paper, lora-per-task or lora", where="train.method")
-    return False
+    return True
 
 
 @dataclass
