@@ -55,6 +55,7 @@ def test_values_and_overrides(tmp_path):
     assert config.train.lr == 1e-3
     assert config.train.targets is None
     assert load(path).train.targets == ("q_proj",)
+    assert load(None, ["train.noise_tasks=[weather]"]).train.noise_tasks == ("weather",)
     assert load(None, ["train.epochs=2", "train.epochs=3"]).train.epochs == 3
     assert load(None, ["out=a=b"]).out == "a=b"
     assert load(None, ["train={epochs: 9}", "train.lr=1"]).train.epochs == 9

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from contextlora.errors import ConfigError, RunError
 from contextlora.graph import TaskGraph
+from contextlora.lora.attach import attach, attached_state
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.sharing import along_graph, trainable_ranks
 
@@ -113,3 +115,16 @@ class TestState:
         state.sharing = along_graph(state.graph, 0.5)
         with pytest.raises(RunError, match="E502"):
             before.check(state.gate("child").stamp)
+
+
+def test_with_every_block_masked_a_gate_has_no_rank_and_the_base_answers(chain, tiny_llama, fill):
+    plain, ids = tiny_llama(), torch.arange(6)[None]
+    model = attach(tiny_llama(), chain)
+    fill(model)
+    state = attached_state(model)
+    none = replace(state.sharing, active={**state.sharing.active, "root": ()})
+    gate = Gate(chain, ["root"], none)
+    assert gate.active.shape == gate.learns.shape == (1, 0)
+    assert gate.teaches == ()
+    with state.use(gate):
+        assert torch.equal(model(ids).logits, plain(ids).logits)

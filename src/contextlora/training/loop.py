@@ -129,7 +129,7 @@ def training_examples(data: str | Path, graph: TaskGraph, config: TrainConfig) -
     if config.max_train is not None and config.max_train < len(examples):
         drawn = random.Random(f"max_train {config.seed}").sample(range(len(examples)), config.max_train)
         examples = [examples[i] for i in sorted(drawn)]  # files often hold one class after another
-    if not config.label_noise:
+    if not config.label_noise and config.noise_tasks is None:
         return examples
     return label_noise(examples, graph, config.label_noise, config.seed, config.noise_tasks)
 
