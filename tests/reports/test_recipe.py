@@ -17,7 +17,7 @@ SMALL = {
     "paper": "p",
     "scenarios": ["iov"],
     "arms": {"ours": {"method": "paper"}, "other": {"method": "lora", "lr": 2e-3}},
-    "presets": {"smoke": {"seeds": 2, "train": {"epochs": 1}}},
+    "presets": {"smoke": {"seeds": 2, "train": {"epochs": 1}, "align": {"epochs": 0}}},
 }
 
 
@@ -48,7 +48,20 @@ def test_a_preset_and_overrides_are_put_in(tmp_path: Path):
     assert (recipe.name, recipe.preset, recipe.seeds, recipe.ours) == ("mine", "smoke", 2, "ours")
     jobs = {j.arm: j.config for j in expand(recipe)}
     assert (jobs["ours"].epochs, jobs["ours"].lr, jobs["other"].lr) == (1, 0.01, 0.001)
-    assert (recipe.data.test, recipe.data.train) == (8, 400)
+    assert (recipe.data.test, recipe.data.train) == (8, 24)  # what the recipe does not say, the shared preset does
+
+
+def test_arms_are_taken_by_name(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path, arms=["LoRA", "ContextLoRA"]), "laptop", ["arms.LoRA.lr=1e-3"])
+    assert [(n, a.method, a.batch_size) for n, a in recipe.arms.items()] == [
+        ("LoRA", "lora", 4),
+        ("ContextLoRA", "paper", 1),
+    ]
+    assert recipe.arms["LoRA"].lr == 1e-3
+    with pytest.raises(ConfigError, match=r"E115 .*no shared arm 'LORA'\. Did you mean 'LoRA'\?"):
+        load_recipe(written(tmp_path, arms=["LORA"]), "smoke")
+    with pytest.raises(ConfigError, match=r"E115 .*compares nothing"):
+        load_recipe(written(tmp_path, arms={}), "smoke")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +72,6 @@ def test_a_preset_and_overrides_are_put_in(tmp_path: Path):
         ({"arms": {"a": {"method": "dora"}}}, "'lora'"),
         ({"arms": {"a": {"zero_shot": True, "lr": 1.0}}}, "leave out lr"),
         ({"arms": {"a": {"seed": 1}}}, "`seeds` counts them"),
-        ({"arms": {}}, "arms"),
         ({"sweep": {"frozen_rato": [1.0]}}, "Did you mean 'frozen_ratio'?"),
         ({"sweep": {"frozen_ratio": [2.0]}}, "less than or equal to 1"),
         ({"train": {"seed": 1}}, "`seeds` counts them"),

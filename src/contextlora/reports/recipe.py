@@ -16,6 +16,7 @@ from contextlora.graph import Rank
 from contextlora.strict import Strict, read_yaml, validate
 
 SHIPPED = resources.files("contextlora") / "recipes"
+SHARED = "_shared.yaml"
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -81,6 +82,8 @@ class Preset(Strict):
         scenarios: names of drawn scenarios, or data folders.
         sweep: keys of TrainConfig, each with the values it takes; all combinations are run.
         seeds: how many; they are 0, 1, ...
+        arms: what is compared, by the name it is shown under. The first is ours: differences are ours minus each other.
+            A list takes arms from recipes/_shared.yaml by name; a preset changes keys of those that are there.
     """
 
     model: str = "smol"
@@ -92,6 +95,7 @@ class Preset(Strict):
     scenarios: Names = ()
     sweep: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(default_factory=dict)
     seeds: Annotated[int, Field(ge=1, le=100)] = 5
+    arms: dict[str, Arm] = Field(default_factory=dict)
 
     @field_validator("train")
     @classmethod
@@ -121,7 +125,6 @@ class _Comparison(Preset):
         title: in a few words.
         paper: which figure or table of the paper it makes again.
         measure: "accuracy" (share of right answers) or "inference" (seconds for one batch).
-        arms: by the name they are shown under. The first is ours: differences are ours minus each other.
         split: what is measured on.
         read: the tasks that tables and figure show: all, or the last of the graph. results.csv has all of them.
         figure: bars by task, or lines over the sweep.
@@ -131,7 +134,6 @@ class _Comparison(Preset):
     title: str
     paper: str
     measure: Literal["accuracy", "inference"] = "accuracy"  # `masks` and `repair` come here, and into measures.py
-    arms: Annotated[dict[str, Arm], Field(min_length=1)]
     split: Literal["test", "valid"] = "test"
     read: Literal["all", "last"] = "all"
     figure: Literal["bars", "lines"] = "bars"
@@ -179,17 +181,18 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
         ConfigError: E101 to E103, E107; E115 an unknown recipe or preset, E116 an unknown scenario.
     """
     path = _find(str(name))
-    raw = read_yaml(path)
+    raw = _with_shared(read_yaml(path), path)
     written = validate(RecipeFile, raw, path)
     if preset not in written.presets:
         text = f"no preset '{preset}'.{did_you_mean(preset, written.presets)} There are: {', '.join(written.presets)}"
         raise ConfigError("E115", text, where=path)
     home = path.parent if str(path) == str(name) else Path()
-    presets = raw.pop("presets")
-    data: Any = _at_home(_merged(raw, presets[preset]), home)
+    data: Any = _at_home(_merged(raw, raw.pop("presets")[preset]), home)
     for text in overrides:
         data = override(data, text)
     recipe = validate(Recipe, {**data, "name": path.stem, "preset": preset}, path)
+    if not recipe.arms:
+        raise ConfigError("E115", "compares nothing; name `arms`", where=path)
     if not recipe.scenarios:
         raise ConfigError("E116", "names no data; add --set scenarios=[FOLDER], made by contextlora init", where=path)
     for scenario in recipe.scenarios:
@@ -201,7 +204,7 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
 
 def recipes() -> list[str]:
     """The names of the shipped recipes."""
-    return sorted(Path(f.name).stem for f in SHIPPED.iterdir() if f.name.endswith(".yaml"))
+    return sorted(Path(f.name).stem for f in SHIPPED.iterdir() if f.name.endswith(".yaml") and f.name != SHARED)
 
 
 def _find(name: str) -> Path:
@@ -212,6 +215,30 @@ def _find(name: str) -> Path:
         text = f"no recipe and no run's folder '{name}'.{did_you_mean(name, known)} Recipes: {', '.join(known)}"
         raise ConfigError("E115", text, where="report")
     return Path(str(SHIPPED / f"{name}.yaml"))
+
+
+def _with_shared(raw: Any, path: Path) -> Any:
+    """A recipe's YAML on top of the shared one; only the arms that it names.
+
+    Raises ConfigError E115 for an arm that is not among the shared ones.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    shared = read_yaml(Path(str(SHIPPED / SHARED)))
+    named, known = raw.get("arms"), shared["arms"]
+    if isinstance(named, list):
+        for n in named:
+            if n not in known:
+                text = f"no shared arm '{n}'.{did_you_mean(n, known)} There are: {', '.join(known)}"
+                raise ConfigError("E115", text, where=path)
+        raw = {**raw, "arms": {n: known[n] for n in named}}
+    mine = raw.get("presets", {})
+    if not isinstance(mine, dict):
+        return raw
+    presets = {p: _merged(shared["presets"].get(p, {}), mine.get(p) or {}) for p in {**shared["presets"], **mine}}
+    for p in presets.values():
+        p["arms"] = {n: arm for n, arm in p.get("arms", {}).items() if n in raw.get("arms", {})}
+    return {**raw, "presets": presets}
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
