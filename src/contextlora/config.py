@@ -92,7 +92,7 @@ class RunConfig(Strict):
     """A run: what is trained, on what, and where the result goes.
 
     Attributes:
-        model: "smol", a hub id, or a folder.
+        model: "smol", "smol-half", a hub id, or a folder.
         data: the data folder (data.jsonl, images/).
         graph: graph.yaml; None takes the one in the data folder.
         out: the run's folder: adapter/, checkpoints/, metrics.jsonl.
