@@ -386,7 +386,10 @@ def report(
     A run's folder gets report.html. A recipe is trained and measured, arm by arm and seed by seed; Ctrl-C, then the
     same command again goes on, also on several machines or terminals that share the folder.
     """
-    if Path(what).is_dir():
+    from contextlora.reports.recipe import recipes
+
+    folder = Path(what)
+    if folder.is_dir() and ((folder / "config.yaml").is_file() or what not in recipes()):
         from contextlora.reports.page import write_report
 
         path = write_report(what, out)

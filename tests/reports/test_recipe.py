@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from contextlora.cli import app
 from contextlora.errors import ConfigError
 from contextlora.reports.jobs import expand, unique
 from contextlora.reports.recipe import SHIPPED, load_recipe, recipes
@@ -140,3 +142,13 @@ def test_ranks_and_prerequisites_are_an_arms_own(tmp_path: Path):
     ours, wide = expand(load_recipe(written(tmp_path, arms=arms), "smoke"))[:2]
     assert (ours.graph.rank_of("strategy"), wide.graph.rank_of("strategy")) == (8, 3)
     assert wide.graph.prerequisite_rule == "all"
+
+
+def test_a_folder_that_has_a_recipes_name_is_not_in_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "accuracy").mkdir()
+    said = CliRunner().invoke(app, ["report", "accuracy", "--preset", "huge"])
+    assert said.exit_code == 2
+    assert "no preset 'huge'" in said.stderr
+    (tmp_path / "accuracy" / "config.yaml").write_text("data: d\n")
+    assert "not a run's folder" in CliRunner().invoke(app, ["report", "accuracy"]).stderr
