@@ -10,11 +10,10 @@ from contextlora.reports.figures import COLOURS, bare, plain, svg
 from contextlora.reports.statistics import Interval
 
 Series = Mapping[str, Mapping[str, Interval]]  # by what the legend says, then by the place on the x axis
-LABELS = {"accuracy": "accuracy", "inference": "seconds a batch"}
 
 
-def bars(series: Series, measure: str) -> str:
-    """Grouped bars: one group for each place, one bar for each of the series."""
+def bars(series: Series, unit: str, top: float | None = None) -> str:
+    """Grouped bars: one group for each place, one bar for each of the series; `top` is where the y axis ends."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     places = list(dict.fromkeys(p for values in series.values() for p in values))
@@ -25,15 +24,15 @@ def bars(series: Series, measure: str) -> str:
         axes.bar(at, means, width * 0.92, color=COLOURS[i % len(COLOURS)], label=plain(name))
         axes.errorbar(at, means, _reach(list(values.values())), fmt="none", ecolor="#123", capsize=2, linewidth=1)
     axes.set_xticks(range(len(places)), [plain(p) for p in places])
-    if measure == "accuracy":
-        axes.set_ylim(0, 1.05)
-    axes.set_ylabel(LABELS[measure])
+    if top is not None:
+        axes.set_ylim(0, top)
+    axes.set_ylabel(unit)
     bare(axes)
     axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return svg(figure)
 
 
-def lines(series: Series, measure: str, label: str) -> str:
+def lines(series: Series, unit: str, label: str) -> str:
     """One line for each of the series over the places, which are numbers or words, with a band for its interval."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -46,7 +45,7 @@ def lines(series: Series, measure: str, label: str) -> str:
         axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
     axes.set_xticks([at[p] for p in places], [plain(p) for p in places])
     axes.set_xlabel(plain(label))
-    axes.set_ylabel(LABELS[measure])
+    axes.set_ylabel(unit)
     bare(axes)
     axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return svg(figure)
