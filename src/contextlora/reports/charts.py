@@ -1,9 +1,10 @@
-"""Figures of a comparison as SVG text: bars by task, or lines over a sweep, both with 95 % intervals."""
+"""Figures of a comparison as SVG text: bars by task, lines over a sweep or steps, heat maps; with 95 % intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from contextlora.reports.figures import COLOURS, bare, plain, svg
@@ -49,6 +50,42 @@ def lines(series: Series, unit: str, label: str) -> str:
     bare(axes)
     axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return svg(figure)
+
+
+def heat(
+    values: Mapping[tuple[str, str], Interval | float],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    said: Callable[[Interval | float], str],
+    axes_said: tuple[str, str],
+) -> str:
+    """A heat map about zero, each cell with its number; a pair that has no value stays empty.
+
+    Args:
+        values: by row and column.
+        rows, columns: from above and from the left.
+        said: what stands in a cell.
+        axes_said: what the columns are, and the rows.
+    """
+    figure = Figure(figsize=(2.2 + 1.25 * len(columns), 1 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    cells = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), value in values.items():
+        at = rows.index(row), columns.index(column)
+        cells[at] = _middle(value)
+        axes.text(at[1], at[0], said(value), ha="center", va="center", fontsize=8, color="#123")
+    most = np.nanmax(np.abs(cells), initial=0.0) or 1.0
+    axes.imshow(cells, cmap="PuOr_r", vmin=-1.6 * most, vmax=1.6 * most, aspect="auto")  # pale enough for the numbers
+    axes.set_xticks(range(len(columns)), [plain(c) for c in columns])
+    axes.set_yticks(range(len(rows)), [plain(r) for r in rows])
+    axes.set_xlabel(axes_said[0])
+    axes.set_ylabel(axes_said[1])
+    axes.spines[:].set_visible(False)
+    return svg(figure)
+
+
+def _middle(value: Interval | float) -> float:
+    return value.mean if isinstance(value, Interval) else value
 
 
 def _positions(places: Sequence[str]) -> dict[str, float]:

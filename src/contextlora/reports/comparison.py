@@ -48,7 +48,7 @@ def page(findings: Findings, command: Sequence[str]) -> str:
         published=_published(findings),
         published_note=escape(recipe.published.note),
         costs=_costs(findings),
-        costs_note="Means over seeds and sweep points. Methods may see the same samples in a different number of "
+        costs_note=f"{findings.kind.costs}Means over seeds and sweep points. Methods may see the same samples in a different number of "
         "updates: the number given is that of the parameters that move most often.",
         facts=_facts(findings, command),
     )

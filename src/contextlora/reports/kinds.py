@@ -40,6 +40,7 @@ class Kind:
         part: the column of results.csv that tells the parts of one job's result from each other; "" if it has none.
         whole: what stands there for the result's own scores.
         arms: kinds of arms that it can be taken of.
+        costs: what the job's costs are of, where it is not all of the job.
         version: raise it with every change of this measure alone that makes its old results wrong.
     """
 
@@ -50,6 +51,7 @@ class Kind:
     part: str = ""
     whole: str = ""
     arms: tuple[str, ...] = ("trained",)
+    costs: str = ""
     version: int = 1
 
 
@@ -68,7 +70,9 @@ KINDS: Mapping[str, Kind] = {
         version=2,
     ),
     "masks": Kind("accuracy", "accuracy", _PERCENT, _SHARE, part="masked", whole="nothing"),
-    "repair": Kind("accuracy", "accuracy", _PERCENT, _SHARE, part="step", whole="clean"),
+    "repair": Kind(
+        "accuracy", "accuracy", _PERCENT, _SHARE, part="step", whole="clean", costs="Of the clean training. "
+    ),
     "mechanism": Kind(
         "loss",
         "loss, nats a token",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from contextlora.graph import TaskGraph
 from contextlora.reports.jobs import Job, Point, points, unique
 from contextlora.reports.kinds import KINDS
 from contextlora.reports.recipe import Recipe
@@ -83,9 +84,13 @@ class Findings:
         same = (job.arm, job.data.scenario, job.point)
         return len({j.id for j in self.jobs if (j.arm, j.data.scenario, j.point) == same}) == 1
 
+    def graph(self, scenario: str) -> TaskGraph:
+        """The tasks of a scenario."""
+        return next(j.data.graph for j in self.jobs if j.data.scenario == scenario)
+
     def tasks(self, scenario: str) -> list[str]:
         """The tasks that the tables show, in declared order."""
-        graph = next(j.data.graph for j in self.jobs if j.data.scenario == scenario)
+        graph = self.graph(scenario)
         if self.recipe.read == "last":
             return [graph.levels()[-1][-1]]
         return [*graph.names, *([ALL] if len(graph.names) > 1 else [])]
@@ -201,14 +206,9 @@ def parts_of(result: Result) -> dict[str, dict[str, dict[str, float]]]:
     return {"": result["scores"], **result.get("parts", {})}
 
 
-def place(line: Line) -> list[str]:
-    """Scenario, sweep values and task of a line."""
-    return [short_name(line.scenario), *(f"{v}" for _, v in line.point), line.task]
-
-
-def short_name(scenario: str) -> str:
-    """A scenario's name, or its data folder's."""
-    return scenario.rstrip("/").rpartition("/")[2]
+def place(scenario: str, point: Point, *more: str) -> list[str]:
+    """A scenario's name (of a data folder, its last part), the sweep's values, and what else tells a row."""
+    return [scenario.rstrip("/").rpartition("/")[2], *(f"{v}" for _, v in point), *more]
 
 
 # --- as files --------------------------------------------------------------------------------------------------------

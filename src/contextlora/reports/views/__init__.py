@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 
 from contextlora.reports.grids import Section
 from contextlora.reports.tables import Findings
-from contextlora.reports.views import accuracy
+from contextlora.reports.views import accuracy, inference, masks, mechanism, repair
 
 VIEWS: Mapping[str, Callable[[Findings], list[Section]]] = {
     "accuracy": accuracy.sections,
+    "inference": inference.sections,
+    "masks": masks.sections,
+    "repair": repair.sections,
+    "mechanism": mechanism.sections,
 }
 
 

@@ -43,7 +43,7 @@ def grid(findings: Findings, found: Sequence[Line], title: str, style: Style) ->
     """One row for each place, one column for each arm."""
     rows = Rows()
     for line in found:
-        rows.add(place(line), line.arm, line.value)
+        rows.add(place(line.scenario, line.point, line.task), line.arm, line.value)
     heads = ["scenario", *findings.recipe.sweep, "task"]
     return Grid(title, heads, rows.columns(findings.recipe.arms), rows.found, style, findings.recipe.seeds)
 
