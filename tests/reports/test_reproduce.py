@@ -32,7 +32,6 @@ from contextlora.reports.work import work
 from contextlora.training import loop
 from tiny_llava import save_tiny_llava
 
-
 # on top of the shared preset, whose layers a tiny model has not
 SMOKE = {"data": {"train": 8, "valid": 1, "test": 6}, "train": {"lr": 0.01, "layers": "all"}}
 

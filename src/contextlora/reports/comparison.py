@@ -26,6 +26,10 @@ COUNTED = {
     "peak_memory_mb": ("peak memory, MB", 0),
     "peak_gpu_memory_mb": ("peak GPU memory, MB", 0),
 }
+COSTS_NOTE = (
+    "Means over seeds and sweep points. Methods may see the same samples in a different number of updates: the number "
+    "given is that of the parameters that move most often."
+)
 MISSING = 20  # jobs that are listed by name
 
 
@@ -48,8 +52,7 @@ def page(findings: Findings, command: Sequence[str]) -> str:
         published=_published(findings),
         published_note=escape(recipe.published.note),
         costs=_costs(findings),
-        costs_note=f"{findings.kind.costs}Means over seeds and sweep points. Methods may see the same samples in a different number of "
-        "updates: the number given is that of the parameters that move most often.",
+        costs_note=escape(findings.kind.costs + COSTS_NOTE),
         facts=_facts(findings, command),
     )
 

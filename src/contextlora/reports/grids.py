@@ -89,7 +89,7 @@ def shown(value: Interval, style: Style) -> tuple[str, str]:
 
 def clear(value: Interval, style: Style) -> bool:
     """Whether the interval excludes what means no difference."""
-    return style.against is not None and not value.low <= style.against <= value.high
+    return style.against is not None and value.excludes(style.against)
 
 
 def as_html(grid: Grid) -> str:
@@ -127,7 +127,7 @@ def as_json(grid: Grid) -> dict[str, Any]:
 def _cell(value: Interval, grid: Grid) -> str:
     number, interval = shown(value, grid.style)
     kind, mark = "", ""
-    if grid.style.against is not None and clear(value, grid.style):
+    if grid.style.against is not None and value.excludes(grid.style.against):
         better = (value.mean > grid.style.against) == grid.style.higher
         kind, mark = (' class="good"' if better else ' class="bad"'), " *"
     return f'<span{kind}>{number}{mark}</span><span class="range">{interval}{_few(value, grid)}</span>'

@@ -18,8 +18,8 @@ STAGES = {  # by step, its column: with blocks and without, the third step touch
     "poisoned": "poisoned",
     "repaired": "repaired or continued",
     "continued": "repaired or continued",
-    "descendants": "descendants or all",
-    "retrained": "descendants or all",
+    "descendants": "descendants or retrained",
+    "retrained": "descendants or retrained",
 }
 COLUMNS = tuple(dict.fromkeys(STAGES.values()))
 MARKED = "* where the interval excludes 0"
@@ -33,7 +33,7 @@ NOTE = (
     "All training answers of one task are shuffled among themselves. With a block for each task, that block is reset "
     "and trained again on the clean answers (repaired), then the blocks that were trained on top of it (descendants). "
     "A joint adapter goes on with the clean answers of that task alone (continued), or is trained from scratch on all "
-    "(all, which is the clean training again). Means with 95 % intervals over seeds and items drawn together."
+    "(retrained, which is the clean training again). Means with 95 % intervals over seeds and items drawn together."
 )
 COST_NOTE = (
     "Means over seeds. Clean and poisoned are not part of a repair. Every method sees each sample once an epoch. The "
