@@ -17,6 +17,7 @@ from contextlora.data.records import load_examples
 from contextlora.data.scenes import scenario_graph
 from contextlora.errors import AdapterError, ConfigError
 from contextlora.reports import probes
+from contextlora.reports.comparison import page
 from contextlora.reports.grids import Grid, as_html, as_text
 from contextlora.reports.jobs import expand
 from contextlora.reports.kinds import KINDS, Style
@@ -24,6 +25,8 @@ from contextlora.reports.measures import MEASURES
 from contextlora.reports.recipe import load_recipe
 from contextlora.reports.reproduce import Reproduced, reproduce
 from contextlora.reports.statistics import Interval
+from contextlora.reports.store import Store
+from contextlora.reports.tables import Findings
 from contextlora.reports.views import VIEWS, inference, mechanism, sections
 from contextlora.reports.views.masks import drawn, points_lost
 from contextlora.reports.views.repair import costs_of_steps, stages
@@ -52,6 +55,14 @@ def made(name: str, out: Path, words: list[str]) -> tuple[Reproduced, dict[str, 
 
 def test_every_kind_can_be_measured_and_shown():
     assert KINDS.keys() == MEASURES.keys() == VIEWS.keys()
+
+
+@pytest.mark.parametrize("name", ["interpretability", "repair", "mechanism", "inference"])
+def test_a_page_before_anything_is_done(name: str, tmp_path: Path):
+    recipe = load_recipe(name, "smoke")
+    text = page(Findings(recipe, expand(recipe), Store(tmp_path)), ["contextlora"])
+    parsed(text)
+    assert "0 of" in text
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ class Kind:
     Attributes:
         unit: the column of results.csv that holds it.
         label: of a figure's axis.
-        said: what its mean is, in a sentence.
         style: of its numbers.
         part: the column of results.csv that tells the parts of one job's result from each other; "" if it has none.
         whole: what stands there for the result's own scores.
@@ -46,7 +45,6 @@ class Kind:
 
     unit: str
     label: str
-    said: str
     style: Style
     part: str = ""
     whole: str = ""
@@ -56,27 +54,22 @@ class Kind:
 
 
 _SHARE, _SECONDS = Style(100, 1, higher=True), Style(1, 3, higher=False)
-_PERCENT = "accuracy in percent"
 KINDS: Mapping[str, Kind] = {
-    "accuracy": Kind("accuracy", "accuracy", _PERCENT, _SHARE, arms=("trained", "zero_shot", "answers")),
+    "accuracy": Kind("accuracy", "accuracy", _SHARE, arms=("trained", "zero_shot", "answers")),
     "inference": Kind(
         "seconds",
         "seconds a batch",
-        "seconds for one batch of four, to all answers",
         _SECONDS,
         part="model",
         whole="arm",
         arms=("trained", "zero_shot"),
         version=2,
     ),
-    "masks": Kind("accuracy", "accuracy", _PERCENT, _SHARE, part="masked", whole="nothing"),
-    "repair": Kind(
-        "accuracy", "accuracy", _PERCENT, _SHARE, part="step", whole="clean", costs="Of the clean training. "
-    ),
+    "masks": Kind("accuracy", "accuracy", _SHARE, part="masked", whole="nothing"),
+    "repair": Kind("accuracy", "accuracy", _SHARE, part="step", whole="clean", costs="Of the clean training. "),
     "mechanism": Kind(
         "loss",
         "loss, nats a token",
-        "answer loss in nats a token",
         _SECONDS,
         part="blocks",
         whole="all",

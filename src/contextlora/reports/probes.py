@@ -114,6 +114,8 @@ def repair(bench: Bench, job: Job) -> Measured:
     with bench.opened(job) as o:
         prepared(o, job)
         examples = training_examples(o.folder, job.graph, job.config)
+        bench.told("computing what the layers below the blocks make of the samples")
+        prefix = shared_prefix(o, job, examples)
         # a batch of a joint run holds samples of all tasks: its share of one makes as many updates as a block's repair
         single = max(1, job.config.batch_size // len(job.graph.names))
         steps = isolate_and_repair(
@@ -128,7 +130,7 @@ def repair(bench: Bench, job: Job) -> Measured:
             features=o.reader,
             quiet=True,
             single=single,
-            prefix=shared_prefix(o, job, examples),
+            prefix=prefix,
             told=lambda step: bench.told(f"training, {step}"),
         )
     truth = {e.id: e for e in load_examples(o.folder, job.graph, split=bench.recipe.split)}
@@ -183,21 +185,30 @@ def mechanism(bench: Bench, job: Job) -> Measured:
         scores = {t: _numbered([mean_loss(o.reader, t, [one]) for one in b]) for t, b in batches.items()}
         parts: dict[str, Scores] = {}
         detail: dict[str, Any] = {}
-        if job.config.method in BLOCKWISE:
-            for task in (t for t in job.graph.names if job.graph.task(t).after):
-                bench.told(f"losses of {task}")
-                starts = [start_loss(o.reader, task, [b]) for b in batches[task]]
-                parts.setdefault("none", {})[task] = _numbered([s.base for s in starts])
-                parts.setdefault("prerequisites", {})[task] = _numbered([s.given for s in starts])
-                layers = layer_effects(o.reader, task, batches[task][:IN_LAYERS])
-                shown = {"layers": list(layers.layers), "blocks": list(layers.blocks), "loss": layers.loss}
-                detail.setdefault("layers", {})[task] = {**shown, "change": layers.change.tolist()}
+        dependent = [t for t in job.graph.names if job.graph.task(t).after]
+        for task in dependent if job.config.method in BLOCKWISE else ():
+            bench.told(f"losses of {task}")
+            starts = [start_loss(o.reader, task, [b]) for b in batches[task]]
+            parts.setdefault("none", {})[task] = _numbered([s.base for s in starts])
+            parts.setdefault("prerequisites", {})[task] = _numbered([s.given for s in starts])
+            detail.setdefault("layers", {})[task] = _layers(o, task, batches[task])
         bench.told("comparing gradients")
-        fewest = min(map(len, batches.values()))
-        found = gradient_alignment(o.reader, {t: b[:fewest] for t, b in batches.items()})
-        cosine = [[None if math.isnan(x) else x for x in row] for row in found.cosine.tolist()]
-        detail["alignment"] = {"tasks": list(found.tasks), "cosine": cosine}
+        detail["alignment"] = _alignment(o, batches)
     return Measured(scores, {**cost, "eval_seconds": time.perf_counter() - began}, parts, detail=detail)
+
+
+def _layers(o: Opened, task: str, batches: Sequence[Batch]) -> dict[str, Any]:
+    found = layer_effects(o.reader, task, batches[:IN_LAYERS])
+    layers, blocks = list(found.layers), list(found.blocks)
+    return {"layers": layers, "blocks": blocks, "loss": found.loss, "change": found.change.tolist()}
+
+
+def _alignment(o: Opened, batches: Mapping[str, Sequence[Batch]]) -> dict[str, Any]:
+    """Cosines by task and task; null where a gradient is zero, which JSON has no number for."""
+    fewest = min(map(len, batches.values()))
+    found = gradient_alignment(o.reader, {t: b[:fewest] for t, b in batches.items()})
+    cosine = [[None if math.isnan(x) else x for x in row] for row in found.cosine.tolist()]
+    return {"tasks": list(found.tasks), "cosine": cosine}
 
 
 def _batches(bench: Bench, o: Opened, job: Job, task: str) -> list[Batch]:

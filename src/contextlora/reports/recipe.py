@@ -129,7 +129,7 @@ class _Comparison(Preset):
         measure: "accuracy" (share of right answers), "inference" (seconds for one batch), "masks" (accuracy with one
             block masked), "repair" (accuracy before, with and after one task's poisoned answers) or "mechanism" (losses
             and gradients that explain a result).
-        poisoned: of `repair`, by scenario the task whose training answers are shuffled.
+        poisoned: of `repair`, the task whose training answers are shuffled, by scenario or by a data folder's name.
         split: what is measured on.
         read: the tasks that tables and figure show: all, or the last of the graph. results.csv has all of them.
         figure: bars by task, or lines over the sweep.

@@ -12,6 +12,10 @@ from contextlora.reports.kinds import Style
 from contextlora.reports.statistics import Interval
 from contextlora.reports.tables import ALL, Findings, Line, place
 
+MEANS = (
+    "Mean accuracy in percent with its 95 % interval, over seeds and items drawn together (10,000 bootstrap resamples)."
+)
+ONE_SEED = " With one seed an interval covers the choice of items alone, not another run."
 PAIRED = (
     "Paired: the same seeds and the same items on both sides, drawn together. Coloured and marked * where the 95 % "
     "interval excludes 0; with many rows, one in twenty does so by chance."
@@ -31,12 +35,8 @@ def sections(findings: Findings) -> list[Section]:
 
 
 def means_note(findings: Findings) -> str:
-    """What the means and intervals of this measure are."""
-    alone = any(line.value.seeds == 1 for line in findings.lines)
-    text = f"Mean {findings.kind.said} with its 95 % interval, over seeds and items drawn together (10,000 bootstrap"
-    return (
-        f"{text} resamples)." + " With one seed an interval covers the choice of items alone, not another run." * alone
-    )
+    """What the means and intervals are."""
+    return MEANS + ONE_SEED * any(line.value.seeds == 1 for line in findings.lines)
 
 
 def grid(findings: Findings, found: Sequence[Line], title: str, style: Style) -> Grid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from contextlora.reports.charts import lines
 from contextlora.reports.grids import Grid, Rows, Section, plain_table
-from contextlora.reports.statistics import Interval, difference, mean
+from contextlora.reports.jobs import Point
+from contextlora.reports.kinds import Style
+from contextlora.reports.statistics import difference, mean
 from contextlora.reports.tables import Findings, Result, matrix, paired, place
 
 STAGES = {  # by step, its column: with blocks and without, the third step touches the one task, the fourth the rest
@@ -44,42 +46,76 @@ COST_NOTE = (
 
 def sections(findings: Findings) -> list[Section]:
     """Accuracy at every step with a figure for each arm, what is still lost, ours against others, and the costs."""
-    heads, seeds = ["scenario", *findings.recipe.sweep, "task", "arm"], findings.recipe.seeds
-    accuracy, lost, ahead, figures = Rows(), Rows(), Rows(), list[tuple[str, str]]()
-    for (scenario, point), arms in findings.cells.items():
-        for arm, results in arms.items():
-            series: dict[str, dict[str, Interval]] = {}
-            for task, (stage, part) in product(findings.tasks(scenario), stages(results).items()):
-                where, scores = place(scenario, point, task, arm), matrix(results, task, part)[0]
-                accuracy.add(where, stage, mean(scores))
-                series.setdefault(task, {})[part or "clean"] = mean(scores)
-                if part:
-                    lost.add(where, stage, difference(*paired(results, results, task, (part, ""))))
-                if arm != findings.recipe.ours and stage in (mine := stages(arms.get(findings.recipe.ours, {}))):
-                    sides = paired(arms[findings.recipe.ours], results, task, (mine[stage], part))
-                    if sides[0].size:
-                        ahead.add(where, stage, difference(*sides))
-            title = ", ".join([*place(scenario, point, arm), f"{poisoned(results)} poisoned"])
-            figures.append((title, lines(series, findings.kind.label, "step")))
     style = findings.kind.style
     against = replace(style, signed=True, against=0.0)
     tables = [
-        Grid("accuracy at every step", heads, accuracy.columns(COLUMNS), accuracy.found, style, seeds),
-        Grid(f"against clean training; {MARKED}", heads, lost.columns(COLUMNS), lost.found, against, seeds),
-        Grid(
-            f"{findings.recipe.ours} minus each other; {MARKED}",
-            heads,
-            ahead.columns(COLUMNS),
-            ahead.found,
-            against,
-            seeds,
-        ),
+        _grid(findings, "accuracy at every step", _accuracy(findings), style),
+        _grid(findings, f"against clean training; {MARKED}", _lost(findings), against),
+        _grid(findings, f"{findings.recipe.ours} minus each other; {MARKED}", _ahead(findings), against),
     ]
     costs = f'<div class="wide">{plain_table(*costs_of_steps(findings))}</div>'
     return [
-        Section("What was found", tables, figures, note=NOTE),
+        Section("What was found", tables, _figures(findings), note=NOTE),
         Section("What each step cost", below=costs, note=COST_NOTE),
     ]
+
+
+def _grid(findings: Findings, title: str, rows: Rows, style: Style) -> Grid:
+    heads = ["scenario", *findings.recipe.sweep, "task", "arm"]
+    return Grid(title, heads, rows.columns(COLUMNS), rows.found, style, findings.recipe.seeds)
+
+
+def _arms(findings: Findings) -> Iterator[tuple[str, Point, str, Mapping[int, Result]]]:
+    """Scenario, point, arm and its results by seed."""
+    for (scenario, point), arms in findings.cells.items():
+        for arm, results in arms.items():
+            yield scenario, point, arm, results
+
+
+def _accuracy(findings: Findings) -> Rows:
+    rows = Rows()
+    for scenario, point, arm, results in _arms(findings):
+        for task, (stage, part) in product(findings.tasks(scenario), stages(results).items()):
+            rows.add(place(scenario, point, task, arm), stage, mean(matrix(results, task, part)[0]))
+    return rows
+
+
+def _lost(findings: Findings) -> Rows:
+    """Every step minus the clean one, by the same arm."""
+    rows = Rows()
+    for scenario, point, arm, results in _arms(findings):
+        for task, (stage, part) in product(findings.tasks(scenario), stages(results).items()):
+            if part:
+                change = difference(*paired(results, results, task, (part, "")))
+                rows.add(place(scenario, point, task, arm), stage, change)
+    return rows
+
+
+def _ahead(findings: Findings) -> Rows:
+    """Ours minus every other arm at the step in the same place."""
+    rows, ours = Rows(), findings.recipe.ours
+    for scenario, point, arm, results in _arms(findings):
+        mine = findings.cells[scenario, point].get(ours, {})
+        shared = stages(mine).keys() & stages(results).keys() if arm != ours else set[str]()
+        for task, stage in product(findings.tasks(scenario), shared):
+            one, other = paired(mine, results, task, (stages(mine)[stage], stages(results)[stage]))
+            if one.size:
+                rows.add(place(scenario, point, task, arm), stage, difference(one, other))
+    return rows
+
+
+def _figures(findings: Findings) -> list[tuple[str, str]]:
+    """For each arm, one line for each task over the steps."""
+    found = []
+    for scenario, point, arm, results in _arms(findings):
+        parts = stages(results).values()
+        series = {
+            task: {part or "clean": mean(matrix(results, task, part)[0]) for part in parts}
+            for task in findings.tasks(scenario)
+        }
+        title = ", ".join([*place(scenario, point, arm), f"{poisoned(results)} poisoned"])
+        found.append((title, lines(series, findings.kind.label, "step")))
+    return found
 
 
 def stages(results: Mapping[int, Result]) -> dict[str, str]:
@@ -98,12 +134,12 @@ def poisoned(results: Mapping[int, Result]) -> str:
 def costs_of_steps(findings: Findings) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of costs, means over seeds."""
     rows = []
-    for (scenario, point), arms in findings.cells.items():
-        for arm, results in arms.items():
-            for part in stages(results).values():
-                each = [r["part_cost"][part] if part else r["cost"] for r in results.values()]
-                trained = next(iter(results.values()))["detail"]["trained"][part or "clean"]
-                numbers = [f"{np.mean([e[c] for e in each]):,.{digits}f}" for c, (_, digits) in COSTS.items()]
-                rows.append([*place(scenario, point, arm, part or "clean", ", ".join(trained)), *numbers])
+    for scenario, point, arm, results in _arms(findings):
+        detail = next(iter(results.values()))["detail"]
+        for part in stages(results).values():
+            each = [r["part_cost"][part] if part else r["cost"] for r in results.values()]
+            numbers = [f"{np.mean([e[c] for e in each]):,.{digits}f}" for c, (_, digits) in COSTS.items()]
+            step = part or "clean"
+            rows.append([*place(scenario, point, arm, step, ", ".join(detail["trained"][step])), *numbers])
     heads = ["scenario", *findings.recipe.sweep, "arm", "step", "trained tasks", *(name for name, _ in COSTS.values())]
     return heads, rows
