@@ -54,6 +54,8 @@ class TrainConfig(Strict):
         accumulate: micro-batches of batch_size for one update.
         method: "paper" is ContextLoRA as published; the others are rivals to compare with (`contextlora.baselines`).
         schedule: "level" trains all tasks of a level together, "sequential" one task after another (Algorithm 1).
+            "together" is an extension: all tasks at once in mixed batches under one optimizer, so that prerequisites
+            which `frozen_ratio` lets their children tune go on seeing their own samples.
         frozen_ratio: 1 - delta; None takes the graph's.
         context: whether prerequisite answers enter the prompt: "none", "gold" (labels) or "predicted" (own answers).
         layers: decoder layers that carry blocks: "all", "top 1/3", "bottom 1/2" or "first-last".
@@ -74,7 +76,7 @@ class TrainConfig(Strict):
     max_grad_norm: NotNegative = 1.0
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
     method: Method = "paper"
-    schedule: Literal["level", "sequential"] = "level"
+    schedule: Literal["level", "sequential", "together"] = "level"
     frozen_ratio: Share | None = None
     context: Literal["none", "gold", "predicted"] = "none"
     layers: str = "all"
@@ -92,7 +94,7 @@ class RunConfig(Strict):
     """A run: what is trained, on what, and where the result goes.
 
     Attributes:
-        model: "smol", a hub id, or a folder.
+        model: "smol", "smol-half", a hub id, or a folder.
         data: the data folder (data.jsonl, images/).
         graph: graph.yaml; None takes the one in the data folder.
         out: the run's folder: adapter/, checkpoints/, metrics.jsonl.

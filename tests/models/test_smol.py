@@ -192,6 +192,19 @@ def test_loading_needs_no_network_and_says_nothing(monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_half_model_is_the_lower_half(loaded):
+    model, processor = loaded
+    half, _ = load_model("smol-half")
+    ids = processor.tokenizer("The weather is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        whole = model.model.language_model(input_ids=ids, output_hidden_states=True).hidden_states
+        below = half.model.language_model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(below) == 16
+    assert all(torch.equal(a, b) for a, b in zip(whole[:15], below[:15], strict=True))
+    assert torch.equal(half.model.language_model.norm(whole[15]), below[15])
+    assert half.config.name_or_path == "smol-half"
+
+
 def test_a_saved_copy_loads_as_a_folder(loaded, tmp_path):
     from contextlora.models.hub import quiet
 

@@ -51,6 +51,14 @@ def test_a_preset_and_overrides_are_put_in(tmp_path: Path):
     assert (recipe.data.test, recipe.data.train) == (8, 24)  # what the recipe does not say, the shared preset does
 
 
+def test_an_arm_may_have_a_model_of_its_own(tmp_path: Path):
+    arms = {"ours": {}, "small": {"model": "smol-half"}, "untaught": {"model": "smol-half", "zero_shot": True}}
+    ours, small, untaught = expand(load_recipe(written(tmp_path, arms=arms), "smoke"))[:3]
+    assert (ours.model, small.model) == ("smol", "smol-half")
+    assert ours.base != small.base == untaught.base
+    assert ours.id != small.id
+
+
 def test_arms_are_taken_by_name(tmp_path: Path):
     recipe = load_recipe(written(tmp_path, arms=["LoRA", "ContextLoRA"]), "laptop", ["arms.LoRA.lr=1e-3"])
     assert [(n, a.method, a.batch_size) for n, a in recipe.arms.items()] == [

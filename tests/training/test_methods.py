@@ -20,6 +20,7 @@ from contextlora.errors import ConfigError, RunError
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.attach import adapted_layers, attached_state, detach, gated_layers
 from contextlora.lora.gates import GateState
+from contextlora.lora.sharing import along_graph
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training.check import check_run
 from contextlora.training.loop import Stage, training_examples
@@ -110,10 +111,10 @@ def test_a_rival_resumes_bit_for_bit(runs, words, method, monkeypatch):
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
-@pytest.mark.parametrize("method", RIVALS)
-def test_a_rival_cannot_ask_untrained_prerequisites(method):
+@pytest.mark.parametrize("how", [*({"method": m} for m in RIVALS), {"schedule": "together"}])
+def test_untrained_prerequisites_cannot_be_asked(how):
     with pytest.raises(ConfigError, match=r"E119 train.context: .* use gold or none"):
-        planned(ALIKE, None, TrainConfig(method=method, context="predicted"))
+        planned(ALIKE, None, TrainConfig(context="predicted", **how))
 
 
 def test_joint_lora_is_one_peft_lora_of_the_same_rank(runs, words):
@@ -172,6 +173,24 @@ def test_o_lora_adds_its_penalty_and_leaves_old_blocks(runs, words):
 def test_a_rival_is_not_deployed(start, tmp_path):
     with pytest.raises(ConfigError, match=r"E114 train.method: 'lora' makes no adapter"):
         start(RunConfig(out=str(tmp_path), train=TrainConfig(method="lora")))
+
+
+@pytest.mark.parametrize(("ratio", "moved"), [(1.0, {"action"}), (0.5, {"action", "weather", "light"})])
+def test_together_is_one_run_along_the_graph(runs, words, ratio, moved):
+    """Gates are the graph's; a child's samples tune its prerequisites only as far as the frozen ratio lets them."""
+    how = {"schedule": "together", "frozen_ratio": ratio}
+    plan = planned(ALIKE, None, TrainConfig(**how))
+    assert [phase.runs for phase in plan.phases] == [(ALIKE.names,)]
+    assert plan.answering == along_graph(ALIKE)
+    model, processor = runs.attached(graph=ALIKE, fill=0.1)
+    before = runs.blocks(model)
+    runs.train(model, processor, words, graph=ALIKE, tasks=["action"], **how)
+    after = runs.blocks(model)
+    assert {k[1] for k in before if not torch.equal(before[k], after[k])} == moved
+    model, processor = runs.attached(graph=ALIKE)
+    runs.train(model, processor, words, graph=ALIKE, epochs=40, **how)
+    accuracy = evaluate(model, processor, ALIKE, data=words, split="train").accuracy
+    assert min(a.mean for a in accuracy.values()) > 0.6
 
 
 # --- rivals with layers of their own ---------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from contextlora.errors import AdapterError, ConfigError, did_you_mean
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 _SAMPLES = 4096
 
+EMBEDDED = {"smol": None, "smol-half": 15}  # decoder layers, counted from below; None means all
+
 
 def load_model(
     name: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
@@ -25,7 +27,8 @@ def load_model(
     Nothing that is loaded can run code: safetensors only, never ``trust_remote_code``.
 
     Args:
-        name: ``"smol"`` (embedded, never touches the network), a hub id, or a folder written by ``save_pretrained``.
+        name: ``"smol"`` (embedded, never touches the network) or ``"smol-half"`` (the lower 15 of its 30 layers), a hub
+            id, or a folder written by ``save_pretrained``.
         dtype: bfloat16 unless told otherwise; a torch dtype or its name.
         device: where the model goes. On a CPU attention is "eager": the backward pass of SDPA is slow there in bf16.
 
@@ -39,10 +42,10 @@ def load_model(
     """
     kind, place = _dtype(dtype), _device(device)
     with quiet():
-        if str(name) == "smol":
+        if str(name) in EMBEDDED:
             from contextlora.models import smol
 
-            model, processor = smol.load(kind, place)
+            model, processor = smol.load(kind, place, layers=EMBEDDED[str(name)])
         else:
             model, processor = _from_pretrained(str(name), kind, place)
     _set_pad(model, getattr(processor, "tokenizer", processor))
@@ -91,7 +94,7 @@ def _why(name: str, error: Exception) -> str:
         return f"cannot be loaded as a model: {_first_line(error)}"
     if isinstance(error, ImportError):
         return f"needs a package that is not installed: {_first_line(error)}"
-    hint = did_you_mean(name, ["smol"])
+    hint = did_you_mean(name, EMBEDDED)
     return (
         f"neither a local folder nor a model that could be fetched from the hub.{hint} "
         f'Known without a network: "smol". The cause: {_first_line(error)}'

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -45,8 +46,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def load(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def load(dtype: torch.dtype, device: torch.device, layers: int | None = None) -> tuple[Any, Any]:
     """Assembles the model and its processor. Weights are those of bf16 in every dtype.
+
+    `layers` keeps so many decoder layers from below: a smaller model to compare with, not a good one as it is.
 
     Raises:
         AdapterError: E331 if the extra is not installed, E333 if one of its files is not the expected one.
@@ -62,6 +65,9 @@ def load(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
             raise AdapterError(
                 "E333", "the unpacked language model is damaged; delete this folder", where=folder
             ) from None
+    if layers is not None:
+        text_config["num_hidden_layers"] = layers
+        weights = {k: v for k, v in weights.items() if _layer_of(k) < layers}
     weights |= {f"model.vision_tower.{k}": v for k, v in _tower_weights().items()}
     weights |= load_file(PROJECTOR)
     config = _config(text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -106,6 +112,12 @@ def _config(text_config: dict[str, Any], image_token_id: int) -> Any:
 
 def _llava_name(name: str) -> str:
     return name if name.startswith("lm_head") else name.replace("model.", "model.language_model.", 1)
+
+
+def _layer_of(name: str) -> int:
+    """The decoder layer that a weight belongs to, -1 if to none."""
+    found = re.match(r"model\.language_model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def _tower_weights() -> dict[str, Tensor]:

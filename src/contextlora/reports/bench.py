@@ -109,7 +109,7 @@ class Bench:
         """The base model, its projector aligned on what the job may train on and nothing else."""
         how = {"dtype": self.recipe.dtype, "device": self.recipe.device}
         self.told("loading the base model")
-        model, processor = load_model(self.recipe.model, **how)
+        model, processor = load_model(job.model, **how)
         a, path = self.recipe.align, self.store.path / "bases" / f"{job.base}.safetensors"
         if a.epochs is None:
             return model, processor

@@ -57,6 +57,7 @@ class Job:
             was aligned on.
         graph: the arm's: ranks and prerequisites may differ from the data's.
         answers: the file of imported answers.
+        model: the base model.
         base: names the aligned base model, shared by all jobs that may use it.
         id: names the result. Cells that cannot differ, such as an untrained model's under two seeds, share one.
         poisoned: of `measure: repair`, the task whose answers are shuffled.
@@ -70,6 +71,7 @@ class Job:
     config: TrainConfig
     graph: TaskGraph
     answers: Path | None
+    model: str
     base: str
     id: str
     poisoned: str | None = None
@@ -115,7 +117,8 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
     settings = {**recipe.train.model_dump(exclude_unset=True), **arm.overrides(), **dict(point), "seed": seed}
     config = validate(TrainConfig, settings, f"arms.{name}")
     graph = _graph(data.graph, arm)
-    base = _base(recipe, data, config)
+    model = arm.model or recipe.model
+    base = _base(recipe, model, data, config)
     what: dict[str, Any] = {"format": FORMAT, "measure": recipe.measure, "data": data.key, "split": recipe.split}
     what |= {"kind": arm.kind, "graph": data.graph.to_dict()}
     if (version := KINDS[recipe.measure].version) > 1:
@@ -135,7 +138,7 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
             "graph": graph.to_dict(),
             "train": config.model_dump(exclude_defaults=True, exclude={"checkpoint_every"}),
         }
-    job = Job(name, point, seed, data, arm.kind, config, graph, path, base, short(what), poisoned)
+    job = Job(name, point, seed, data, arm.kind, config, graph, path, model, base, short(what), poisoned)
     return job if arm.kind == "trained" else replace(job, graph=data.graph)
 
 
@@ -164,12 +167,12 @@ def _graph(graph: TaskGraph, arm: Arm) -> TaskGraph:
     return replace(graph, tasks=tasks, prerequisite_rule=arm.prerequisites or graph.prerequisite_rule)
 
 
-def _base(recipe: Recipe, data: Data, config: TrainConfig) -> str:
+def _base(recipe: Recipe, model: str, data: Data, config: TrainConfig) -> str:
     """Names the base model that a job starts from: what was aligned, how, and on which examples.
 
     The seed counts only where it decides which examples or labels training sees: all other seeds share a base.
     """
-    what: dict[str, Any] = {"model": recipe.model, "dtype": recipe.dtype}
+    what: dict[str, Any] = {"model": model, "dtype": recipe.dtype}
     if recipe.align.epochs is not None:
         what |= {"align": recipe.align.model_dump(), "data": data.key}
         what |= {"max_train": config.max_train, "label_noise": config.label_noise}

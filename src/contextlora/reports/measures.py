@@ -39,7 +39,7 @@ def do(bench: Bench, job: Job) -> dict[str, Any]:
             "point": dict(job.point),
             "seed": job.seed,
             "kind": job.kind,
-            "model": bench.recipe.model,
+            "model": job.model,
             "data": job.data.key,
             "train": settings,
         },

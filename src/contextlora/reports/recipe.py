@@ -36,6 +36,7 @@ class Arm(TrainConfig):
     """One side of a comparison: what it changes of the training, or an answerer that is not trained at all.
 
     Attributes:
+        model: the base model, where it is not the recipe's.
         zero_shot: the base model answers as it is.
         answers: a file of answers that an outside model gave, one object a line:
             {"id": example's id, "answers": {task: [options]}}; "{scenario}" in its path is the scenario's name.
@@ -43,6 +44,7 @@ class Arm(TrainConfig):
         prerequisites: which of its ancestors a task builds on, where it is not the graph's rule.
     """
 
+    model: str | None = None
     zero_shot: bool = False
     answers: str | None = None
     ranks: dict[str, Rank] = Field(default_factory=dict)
@@ -52,9 +54,10 @@ class Arm(TrainConfig):
     def _one_kind(self) -> Arm:
         if "seed" in self.model_fields_set:
             raise ValueError("seed: the recipe's `seeds` counts them")
-        if self.kind != "trained" and len(self.model_fields_set) > 1:
-            others = ", ".join(sorted(self.model_fields_set - {"zero_shot", "answers"}) or ("answers",))
-            raise ValueError(f"{self.kind} stands alone; leave out {others}")
+        others = self.model_fields_set - {"model"}
+        if self.kind != "trained" and len(others) > 1:
+            extra = ", ".join(sorted(others - {"zero_shot", "answers"}) or ("answers",))
+            raise ValueError(f"{self.kind} stands alone; leave out {extra}")
         return self
 
     @property

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -180,16 +181,23 @@ def chosen(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
 
 @contextmanager
 def watched(jobs: Sequence[Job], store: Store, quiet: bool) -> Iterator[Told]:
-    """A bar over jobs with time left; what it gives is told what is going on."""
+    """A bar over jobs with time left, or in a log file a line a job; what it gives is told what is going on."""
     ids = [j.id for j in unique(jobs)]
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     day = 86400.0  # over which the speed is taken: jobs may be long
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, speed_estimate_period=day) as bar:
+    console, logged = Console(stderr=True), -1
+    with Progress(*columns, console=console, disable=quiet, speed_estimate_period=day) as bar:
         row = bar.add_task("", total=len(ids), completed=_done(ids, store))
 
         def told(what: str) -> None:
-            if not quiet:
-                bar.update(row, completed=_done(ids, store), description=what)
+            nonlocal logged
+            if quiet:
+                return
+            done = _done(ids, store)
+            bar.update(row, completed=done, description=what)
+            if not console.is_terminal and done != logged:
+                typer.echo(f"{done} of {len(ids)} jobs done. {what}", err=True)
+                logged = done
 
         yield told
         told("")

@@ -36,15 +36,19 @@ LAYERS: dict[str, Callable[[int], Make]] = {  # of the rivals that need others t
 def planned(graph: TaskGraph, tasks: Iterable[str] | None, config: TrainConfig) -> Plan:
     """The plan of `config.method` for `tasks`, None for all.
 
-    Raises ConfigError E104 for an unknown task, E119 for a rival that would ask tasks before they are trained.
+    Raises ConfigError E104 for an unknown task, E119 if tasks would be asked before they are trained.
     """
     wanted = {t for t in (graph.names if tasks is None else tasks) if graph.task(t)}
+    at_once = "schedule: together" if config.schedule == "together" else config.method
+    if at_once != "paper" and config.context == "predicted":
+        text = f"'{at_once}' trains tasks before their prerequisites can answer; use gold or none"
+        raise ConfigError("E119", text, where="train.context")
     if config.method != "paper":
-        if config.context == "predicted":
-            text = f"'{config.method}' trains tasks before their prerequisites can answer; use gold or none"
-            raise ConfigError("E119", text, where="train.context")
         return RIVALS[config.method](graph, [t for t in graph.names if t in wanted])
     sharing = along_graph(graph, config.frozen_ratio)
+    if config.schedule == "together":
+        everyone = tuple(t for t in graph.names if t in wanted)
+        return Plan((Phase((everyone,), sharing),), along_graph(graph))
     phases = (Phase(tuple((t,) for t in names), sharing) for names in stages(graph, wanted, config))
     return Plan(tuple(phases), along_graph(graph))
 
