@@ -26,7 +26,7 @@ from contextlora.reports.recipe import load_recipe
 from contextlora.reports.reproduce import Reproduced, reproduce
 from contextlora.reports.statistics import Interval
 from contextlora.reports.store import Store
-from contextlora.reports.tables import Findings
+from contextlora.reports.tables import Findings, as_data
 from contextlora.reports.views import VIEWS, inference, mechanism, sections
 from contextlora.reports.views.masks import drawn, points_lost
 from contextlora.reports.views.repair import costs_of_steps, stages
@@ -224,6 +224,7 @@ def test_drift_is_not_in_the_ratio(tmp_path: Path, tiny: list[str], monkeypatch:
     for row in sections(found.findings)[0].grids[1].rows.values():
         assert (row["ratio"].low, row["ratio"].mean, row["ratio"].high) == pytest.approx((2, 2, 2))
     assert {r["model"] for r in rows} == {"arm", "base model"}
+    assert "differences" not in as_data(found.findings)
 
 
 def test_a_ratio_against_hand_computation():

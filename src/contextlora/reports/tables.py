@@ -248,7 +248,11 @@ def _rows(findings: Findings, job: Job, result: Result) -> Iterable[dict[str, An
 
 
 def as_data(findings: Findings) -> dict[str, Any]:
-    """The numbers as JSON can hold them."""
+    """The numbers as JSON can hold them.
+
+    Differences only of measures without parts: where there are parts the views take theirs inside one job, and between
+    jobs a time, say, differs by what else the machine does.
+    """
 
     def plain(line: Line) -> dict[str, Any]:
         where = {"scenario": line.scenario, "point": dict(line.point), "task": line.task, "arm": line.arm}
@@ -258,6 +262,6 @@ def as_data(findings: Findings) -> dict[str, Any]:
         "done": findings.done,
         "total": findings.total,
         findings.recipe.measure: [plain(x) for x in findings.lines],
-        "differences": [plain(x) for x in findings.differences],
+        **({} if findings.kind.part else {"differences": [plain(x) for x in findings.differences]}),
         "costs": findings.costs,
     }

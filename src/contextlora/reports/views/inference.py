@@ -17,8 +17,8 @@ TIMED = ("the arm", "the base model beside it")
 NOTE = (
     "Both answer the very same batch one right after the other, in turn, so that what slows the machine down slows "
     "both: the ratio is worth more than the seconds. It is the geometric mean of the batches' ratios, with its 95 % "
-    "interval over rounds and batches drawn together. A base model as an arm is timed against itself: its ratio shows "
-    "what chance does."
+    "interval over rounds and batches drawn together; of three or four batches such intervals are too narrow. A base "
+    "model as an arm is timed against itself: its ratio shows what chance does."
 )
 
 
