@@ -395,20 +395,22 @@ def report(
         path = write_report(what, out)
         _out(as_json, {"report": str(path)}, f"wrote {path}")
         return
+    from contextlora.reports.grids import as_json as grid_data
+    from contextlora.reports.grids import as_text
     from contextlora.reports.reproduce import reproduce
-    from contextlora.reports.tables import as_data, wide
+    from contextlora.reports.tables import as_data
+    from contextlora.reports.views import sections
 
     made = reproduce(
         what, preset, overrides=overrides or (), only=only or (), out=out, processes=processes, silent=as_json
     )
     found = made.findings
+    grids = [g for section in sections(found) for g in section.grids]
     if as_json:
-        _out(True, {"report": str(made.page), **as_data(found)}, "")
+        _out(True, {"report": str(made.page), **as_data(found), "tables": [grid_data(g) for g in grids]}, "")
         return
-    _table(f"{found.recipe.measure}, with 95 % intervals", wide(found, found.lines))
-    if found.differences:
-        title = f"{found.differences_title}, paired; * where the interval excludes 0"
-        _table(title, wide(found, found.differences, signed=True))
+    for grid in (g for g in grids if g.rows):
+        _table(grid.title, as_text(grid))
     typer.echo(f"{found.done} of {found.total} jobs done\nwrote {made.page}")
 
 

@@ -13,6 +13,7 @@ from contextlora.lora.attach import (
     attach,
     attached_state,
     detach,
+    detached,
     gated_layers,
     graph_of,
     select_layers,
@@ -450,3 +451,20 @@ class TestOwnCheckpointing:
         x = torch.ones(1, 2, 16, requires_grad=True)
         self.run(layer, reentrant, x).backward()
         torch.testing.assert_close(x.grad[0, 0], layer.base.weight.sum(0))
+
+
+def test_for_a_while_the_base_model_is_back(chain):
+    """Its own layers, so its own speed; and then the very blocks again."""
+    model, _, batch = build(llama)
+    base = logits(model, batch)
+    attach(model, chain)
+    before, state, tasks = gated_layers(model), attached_state(model), model.tasks
+    with detached(model):
+        assert not gated_layers(model)
+        assert attached_state(model) is None
+        assert torch.equal(logits(model, batch), base)
+    assert gated_layers(model) == before
+    assert attached_state(model) is state
+    assert model.tasks is tasks
+    with detached(detach(model)):
+        assert torch.equal(logits(model, batch), base)

@@ -32,6 +32,9 @@ from contextlora.reports.work import work
 from contextlora.training import loop
 from tiny_llava import save_tiny_llava
 
+# on top of the shared preset, whose layers a tiny model has not
+SMOKE = {"data": {"train": 8, "valid": 1, "test": 6}, "train": {"lr": 0.01, "layers": "all"}}
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -47,12 +50,8 @@ def recipe(tmp_path: Path, tiny: str) -> Path:
         "model": tiny,
         "scenarios": ["iov"],
         "arms": {"ours": {"method": "paper"}, EVIL: {"method": "lora"}, "base": {"zero_shot": True}},
-        "data": {"train": 8, "valid": 1, "test": 6},
-        "align": {"epochs": None},
-        "train": {"epochs": 1, "lr": 0.01},
-        "seeds": 2,
         "published": {"note": EVIL, "rows": {EVIL: {EVIL: 93, "other": None}}},
-        "presets": {"smoke": {}},
+        "presets": {"smoke": SMOKE},
     }
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))

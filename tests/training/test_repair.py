@@ -13,6 +13,7 @@ from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import adapted_layers, attached_state, gated_layers
 from contextlora.training import repair as module
 from contextlora.training.plan import count_trained, planned, prepare
+from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.repair import isolate_and_repair, users
 
 RANKS = {t: {**v, "rank": 4} for t, v in tiny.graph().to_dict()["tasks"].items()}
@@ -23,6 +24,12 @@ CHAIN = tiny.graph(
         "light": {**RANKS["light"], "after": ["weather"]},
     }
 )
+
+
+class NoPrefix(FrozenPrefix):
+    """Keeps nothing."""
+
+    depth = 0
 
 
 class Spied:
@@ -121,6 +128,18 @@ def test_a_joint_adapter_goes_on_or_starts_over(monkeypatch, tmp_path, words, me
     assert all(torch.equal(v, fresh[k]) for k, v in everything(spied.model).items()), "as if trained once more"
     assert steps[3].evaluation == steps[0].evaluation
     assert attached_state(spied.model).sharing == attached_state(again).sharing
+
+
+def test_what_a_comparison_asks_for(monkeypatch, tmp_path, words):
+    """A joint adapter goes on in batches of its own size; trainings on clean answers share what is below the blocks."""
+    spied, told, prefixes, real = Spied(monkeypatch, tmp_path, words, method="lora"), [], [], module.train
+    monkeypatch.setattr(module, "train", lambda *a, **more: (prefixes.append(more["prefix"]), real(*a, **more))[1])
+    shared = NoPrefix.__new__(NoPrefix)
+    steps = spied.run(single=2, told=told.append, prefix=shared)
+    assert told == ["clean", "poisoned", "continued"]
+    assert prefixes == [shared, None, shared]
+    assert [c.batch_size for c in spied.trained] == [4, 4, 2]
+    assert (steps[2].updates, steps[2].samples) == (12, 24)
 
 
 def test_steps_count_what_they_cost(monkeypatch, tmp_path, words):

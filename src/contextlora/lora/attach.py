@@ -20,6 +20,7 @@ from contextlora.lora.sharing import Sharing, along_graph
 
 Model = TypeVar("Model", bound=nn.Module)
 Make = Callable[[Mapping[str, nn.Module], GateState], Mapping[str, AdaptedLinear]]
+STATE = ("contextlora_state", "tasks")  # what `attach` sets on a model beside its layers
 
 
 def attach(
@@ -87,10 +88,23 @@ def detach(model: Model) -> Model:
     """Puts the base layers back, in place; a model without blocks is left as it is. Base weights stay frozen."""
     for path, layer in adapted_layers(model).items():
         model.set_submodule(path, layer.base)
-    for name in ("contextlora_state", "tasks"):
+    for name in STATE:
         if name in model.__dict__:
             delattr(model, name)
     return model
+
+
+@contextmanager
+def detached(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the plain base model, at its own speed; afterwards its very layers are back."""
+    layers, kept = adapted_layers(model), {n: model.__dict__[n] for n in STATE if n in model.__dict__}
+    detach(model)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+        model.__dict__.update(kept)
 
 
 def attached_state(model: nn.Module) -> GateState | None:

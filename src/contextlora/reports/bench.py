@@ -206,14 +206,16 @@ def shared_prefix(opened: Opened, job: Job, examples: Sequence[Example]) -> Froz
     return opened.prefixes[key]
 
 
-def effort(graph: TaskGraph, examples: Sequence[Example], config: TrainConfig) -> dict[str, int]:
-    """Updates that one parameter gets, at most, and samples seen by all tasks together.
+def effort(
+    graph: TaskGraph, examples: Sequence[Example], config: TrainConfig, tasks: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Updates that one parameter gets, at most, and samples seen by all tasks together, or by `tasks`.
 
     Methods can see the same samples in a different number of updates: joint LoRA's ranks move with the samples of
     every task, a task's own block only with its own.
     """
     most, samples = 0, 0
-    for run in (run for phase in planned(graph, None, config).phases for run in phase.runs):
+    for run in (run for phase in planned(graph, tasks, config).phases for run in phase.runs):
         count = sum(t in e.answers for e in examples for t in run)
         most = max(most, config.epochs * math.ceil(count / (config.batch_size * config.accumulate)))
         samples += config.epochs * count

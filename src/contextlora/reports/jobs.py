@@ -16,6 +16,7 @@ from contextlora.data.records import data_hash
 from contextlora.data.scenes import SCENARIOS, VERSION, scenario_graph
 from contextlora.errors import ConfigError, DataError, did_you_mean
 from contextlora.graph import TaskGraph
+from contextlora.reports.kinds import KINDS
 from contextlora.reports.recipe import Arm, Recipe
 from contextlora.strict import validate
 
@@ -59,6 +60,7 @@ class Job:
         model: the base model.
         base: names the aligned base model, shared by all jobs that may use it.
         id: names the result. Cells that cannot differ, such as an untrained model's under two seeds, share one.
+        poisoned: of `measure: repair`, the task whose answers are shuffled.
     """
 
     arm: str
@@ -72,6 +74,7 @@ class Job:
     model: str
     base: str
     id: str
+    poisoned: str | None = None
 
     @cached_property
     def title(self) -> str:
@@ -84,8 +87,9 @@ def expand(recipe: Recipe) -> list[Job]:
     """All cells of a recipe: seeds outermost, so that one that is interrupted can be read already.
 
     Raises:
-        ConfigError: E103 where settings do not go together, E104 an unknown task in an arm's ranks. DataError: for a
-            data folder or a file of answers that cannot be read.
+        ConfigError: E103 where settings do not go together, E104 an unknown task in an arm's ranks or in `poisoned`,
+            E122 a repair without a task to poison. DataError: for a data folder or a file of answers that cannot be
+            read.
     """
     sources = [_data(recipe, s) for s in recipe.scenarios]
     _refuse_unknown_ranks(recipe, sources)
@@ -117,8 +121,13 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
     base = _base(recipe, model, data, config)
     what: dict[str, Any] = {"format": FORMAT, "measure": recipe.measure, "data": data.key, "split": recipe.split}
     what |= {"kind": arm.kind, "graph": data.graph.to_dict()}
+    if (version := KINDS[recipe.measure].version) > 1:
+        what["version"] = version
     if recipe.measure == "inference":  # times differ from round to round, whatever is timed
         what["seed"] = seed
+    poisoned = _poisoned(recipe, data, config) if recipe.measure == "repair" else None
+    if poisoned is not None:
+        what["poisoned"] = poisoned
     path = Path(arm.answers.replace("{scenario}", Path(data.scenario).name)) if arm.answers else None
     if path is not None:
         what["answers"] = _sha256(path)
@@ -129,8 +138,27 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
             "graph": graph.to_dict(),
             "train": config.model_dump(exclude_defaults=True, exclude={"checkpoint_every"}),
         }
-    job = Job(name, point, seed, data, arm.kind, config, graph, path, model, base, short(what))
+    job = Job(name, point, seed, data, arm.kind, config, graph, path, model, base, short(what), poisoned)
     return job if arm.kind == "trained" else replace(job, graph=data.graph)
+
+
+def _poisoned(recipe: Recipe, data: Data, config: TrainConfig) -> str:
+    """The task that a repair poisons in a scenario.
+
+    Raises ConfigError E104 for an unknown one, E122 for none, or for label noise besides.
+    """
+    name = Path(data.scenario).name
+    task = recipe.poisoned.get(name)
+    if task is None:
+        text = f"which task of '{name}' is poisoned? Add poisoned: {{{name}: TASK}}, TASK one of"
+        raise ConfigError("E122", f"{text}: {', '.join(data.graph.names)}", where=recipe.name)
+    if task not in data.graph.tasks:
+        text = f"'{name}' has no task '{task}'.{did_you_mean(task, data.graph.names)}"
+        raise ConfigError("E104", f"{text} There are: {', '.join(data.graph.names)}", where=f"poisoned.{name}")
+    if config.label_noise or config.noise_tasks is not None:
+        text = "repair shuffles all answers of the task in `poisoned`; leave out label_noise and noise_tasks"
+        raise ConfigError("E122", text, where=recipe.name)
+    return task
 
 
 def _graph(graph: TaskGraph, arm: Arm) -> TaskGraph:

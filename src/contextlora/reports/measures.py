@@ -1,6 +1,7 @@
 """What a recipe can measure. A measure does one job and gives scores by task and item, and what the job cost.
 
-A new one is a function here, an entry in MEASURES, and a word in the recipe's `measure`.
+A new one is a function (those that look inside a model stand in `probes.py`) in MEASURES, a kind in `kinds.py`, a view
+in `views/`, and a word in the recipe's `measure`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,19 @@ from pydantic import Field
 from contextlora.data.jsonl import Faults, read_lines
 from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError, did_you_mean
-from contextlora.evaluation.evaluate import answer, evaluate
+from contextlora.evaluation.evaluate import evaluate
 from contextlora.evaluation.metrics import score
 from contextlora.graph import TaskGraph
-from contextlora.models.inputs import ImageFeatures
-from contextlora.reports.bench import Bench, forget_peak, levels, machine, peak_memory, prepared, trained
+from contextlora.reports.bench import Bench, forget_peak, levels, machine, peak_memory, trained
 from contextlora.reports.jobs import FORMAT, Job
+from contextlora.reports.probes import Measured, Scores, asked_with, inference, masks, mechanism, repair
 from contextlora.strict import Strict
-
-Scores = dict[str, dict[str, float]]  # by task, by item
-Measured = tuple[Scores, dict[str, Any]]
-BATCH = 4  # prompts at once (ContextLoRA section VII-A: "processing a batch of data")
-BATCHES = 12  # timed, of each task
 
 
 def do(bench: Bench, job: Job) -> dict[str, Any]:
     """Does a job and returns its result, as it is kept."""
     forget_peak()
-    scores, cost = MEASURES[bench.recipe.measure](bench, job)
+    found = MEASURES[bench.recipe.measure](bench, job)
     settings = {} if job.kind == "answers" else job.config.model_dump(mode="json")
     return {
         "format": FORMAT,
@@ -48,10 +44,11 @@ def do(bench: Bench, job: Job) -> dict[str, Any]:
             "train": settings,
         },
         "graph": levels(job.graph),
-        "mean": {t: sum(s.values()) / len(s) for t, s in scores.items() if s},
-        "scores": scores,
-        "cost": cost | peak_memory(),
+        "mean": {t: sum(s.values()) / len(s) for t, s in found.scores.items() if s},
+        "scores": found.scores,
+        "cost": found.cost | peak_memory(),
         "made": machine(bench.recipe.device),
+        **found.more(),
     }
 
 
@@ -68,15 +65,13 @@ def accuracy(bench: Bench, job: Job) -> Measured:
             batches.append(done)
             bench.told(f"asking question {done} of {total}")
 
-        # as `contextlora eval` would ask: with the prerequisites' own answers where training had the labels
-        context = "none" if job.config.context == "none" else "predicted"
         found = evaluate(
             o.model,
             o.processor,
             job.graph,
             data=o.folder,
             split=bench.recipe.split,
-            context=context,
+            context=asked_with(job),
             features=o.reader,
             progress=count,
         )
@@ -85,31 +80,8 @@ def accuracy(bench: Bench, job: Job) -> Measured:
         t: {e.id: score(said[e.id], e.answers[t]) for e in examples if e.id in said}
         for t, said in found.answers.items()
     }
-    return scores, {**cost, "eval_seconds": seconds, "seconds_per_eval_batch": seconds / max(1, len(batches))}
-
-
-def inference(bench: Bench, job: Job) -> Measured:
-    """Seconds from four pictures and questions to their answers, batch after batch; nothing is trained.
-
-    A batch's time holds decoding, the vision tower and the language model. First values of the blocks take the time
-    that trained ones take.
-    """
-    with bench.opened(job) as o, bench.store.lock("timing"):
-        cost = {"trained_parameters": prepared(o, job)} if job.kind == "trained" else {}
-        examples = load_examples(o.folder, job.graph, split=bench.recipe.split)
-        scores: Scores = {}
-        for task in job.graph.names:
-            asked = [e for e in examples if task in e.answers]
-            parts = [asked[i : i + BATCH] for i in range(0, len(asked) - BATCH + 1, BATCH)][: BATCHES + 1]
-            taken = []
-            for i, part in enumerate(parts):
-                fresh = ImageFeatures(o.model, o.reader.encoder)  # nothing remembered
-                began = time.perf_counter()
-                answer(fresh, part, task)
-                taken.append(time.perf_counter() - began)
-                bench.told(f"batch {i + 1} of {len(parts)}, {task}")
-            scores[task] = {f"batch {i}": s for i, s in enumerate(taken) if i}  # the first one warms up
-    return scores, cost
+    spent = {"eval_seconds": seconds, "seconds_per_eval_batch": seconds / max(1, len(batches))}
+    return Measured(scores, {**cost, **spent})
 
 
 class _Answered(Strict):
@@ -149,7 +121,13 @@ def imported(path: Path, examples: list[Example], split: str, graph: TaskGraph) 
     faults.raise_any()
     if not scores:
         raise DataError("E224", f"answers nothing of split '{split}'", where=path)
-    return {t: scores[t] for t in graph.names if t in scores}, {}
+    return Measured({t: scores[t] for t in graph.names if t in scores})
 
 
-MEASURES: Mapping[str, Callable[[Bench, Job], Measured]] = {"accuracy": accuracy, "inference": inference}
+MEASURES: Mapping[str, Callable[[Bench, Job], Measured]] = {
+    "accuracy": accuracy,
+    "inference": inference,
+    "masks": masks,
+    "repair": repair,
+    "mechanism": mechanism,
+}

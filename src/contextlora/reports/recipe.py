@@ -13,11 +13,13 @@ from contextlora.config import AlignConfig, Number, TrainConfig, override
 from contextlora.data.scenes import SCENARIOS
 from contextlora.errors import ConfigError, did_you_mean
 from contextlora.graph import Rank
+from contextlora.reports.kinds import KINDS
 from contextlora.strict import Strict, read_yaml, validate
 
 SHIPPED = resources.files("contextlora") / "recipes"
 SHARED = "_shared.yaml"
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Measure = Literal["accuracy", "inference", "masks", "repair", "mechanism"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -127,7 +129,10 @@ class _Comparison(Preset):
     Attributes:
         title: in a few words.
         paper: which figure or table of the paper it makes again.
-        measure: "accuracy" (share of right answers) or "inference" (seconds for one batch).
+        measure: "accuracy" (share of right answers), "inference" (seconds for one batch), "masks" (accuracy with one
+            block masked), "repair" (accuracy before, with and after one task's poisoned answers) or "mechanism" (losses
+            and gradients that explain a result).
+        poisoned: of `repair`, the task whose training answers are shuffled, by scenario or by a data folder's name.
         split: what is measured on.
         read: the tasks that tables and figure show: all, or the last of the graph. results.csv has all of them.
         figure: bars by task, or lines over the sweep.
@@ -136,7 +141,8 @@ class _Comparison(Preset):
 
     title: str
     paper: str
-    measure: Literal["accuracy", "inference"] = "accuracy"  # `masks` and `repair` come here, and into measures.py
+    measure: Measure = "accuracy"
+    poisoned: dict[str, str] = Field(default_factory=dict)
     split: Literal["test", "valid"] = "test"
     read: Literal["all", "last"] = "all"
     figure: Literal["bars", "lines"] = "bars"
@@ -146,6 +152,20 @@ class _Comparison(Preset):
     def _lines_need_a_sweep(self) -> _Comparison:
         if self.figure == "lines" and not self.sweep:
             raise ValueError("figure: lines run over a sweep, and there is none; use bars")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_can_be_measured(self) -> _Comparison:
+        for name, arm in self.arms.items():
+            if arm.kind not in (allowed := KINDS[self.measure].arms):
+                text = f"arms.{name}: {self.measure} is not taken of {arm.kind} arms, only of {', '.join(allowed)}"
+                raise ValueError(text)
+        return self
+
+    @model_validator(mode="after")
+    def _poison_is_for_repair(self) -> _Comparison:
+        if self.poisoned and self.measure != "repair":
+            raise ValueError("poisoned: only `measure: repair` poisons a task; for other noise, sweep label_noise")
         return self
 
 

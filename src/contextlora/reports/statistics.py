@@ -34,10 +34,9 @@ class Interval:
     seeds: int
     items: int
 
-    @property
-    def without_zero(self) -> bool:
-        """Whether the interval excludes 0: of a difference, whether it is told from chance."""
-        return self.low > 0 or self.high < 0
+    def excludes(self, value: float) -> bool:
+        """Whether `value` lies outside: of a difference and 0, whether it is told from chance. One never does."""
+        return self.seeds * self.items > 1 and not self.low <= value <= self.high
 
 
 def mean(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:

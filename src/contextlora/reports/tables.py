@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from contextlora.graph import TaskGraph
 from contextlora.reports.jobs import Job, Point, points, unique
+from contextlora.reports.kinds import KINDS
 from contextlora.reports.recipe import Recipe
 from contextlora.reports.statistics import Interval, Scores, difference, mean
 from contextlora.reports.store import Store
@@ -28,7 +30,6 @@ COSTS = (
     "peak_memory_mb",
     "peak_gpu_memory_mb",
 )
-UNITS = {"accuracy": "accuracy", "inference": "seconds"}  # by measure, the column of results.csv
 MADE = ("machine", "device", "threads", "torch", "date")
 Result = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ class Findings:
     """
 
     def __init__(self, recipe: Recipe, jobs: Sequence[Job], store: Store):
-        self.recipe, self.jobs = recipe, jobs
+        self.recipe, self.jobs, self.kind = recipe, jobs, KINDS[recipe.measure]
         self.results = {j.id: r for j in unique(jobs) if (r := store.result(j.id)) is not None}
         self.total, self.done = len(unique(jobs)), len(self.results)
 
@@ -83,9 +84,13 @@ class Findings:
         same = (job.arm, job.data.scenario, job.point)
         return len({j.id for j in self.jobs if (j.arm, j.data.scenario, j.point) == same}) == 1
 
+    def graph(self, scenario: str) -> TaskGraph:
+        """The tasks of a scenario."""
+        return next(j.data.graph for j in self.jobs if j.data.scenario == scenario)
+
     def tasks(self, scenario: str) -> list[str]:
         """The tasks that the tables show, in declared order."""
-        graph = next(j.data.graph for j in self.jobs if j.data.scenario == scenario)
+        graph = self.graph(scenario)
         if self.recipe.read == "last":
             return [graph.levels()[-1][-1]]
         return [*graph.names, *([ALL] if len(graph.names) > 1 else [])]
@@ -157,97 +162,97 @@ class Findings:
         return found
 
 
-def matrix(results: Mapping[int, Result], task: str) -> tuple[Scores, list[int], list[str]]:
-    """Scores of a task, (seeds, items), with its seeds and its items: those that all seeds have."""
+def matrix(results: Mapping[int, Result], task: str, part: str = "") -> tuple[Scores, list[int], list[str]]:
+    """Scores of a task, (seeds, items), with its seeds and its items: those that all seeds have.
+
+    Args:
+        results: by seed.
+        part: of results that have parts, such as one step of several; "" means their own scores.
+    """
     seeds = sorted(results)
-    tables = [_items(results[s], task) for s in seeds]
+    tables = [_items(results[s], task, part) for s in seeds]
     items = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
     return np.array([[t[i] for i in items] for t in tables]).reshape(len(seeds), len(items)), seeds, items
 
 
-def paired(ours: Mapping[int, Result], other: Mapping[int, Result], task: str) -> tuple[Scores, Scores]:
-    """Both tables over the items that both have, and the same seeds; one that no seed changes keeps its single row."""
+def paired(
+    ours: Mapping[int, Result], other: Mapping[int, Result], task: str, parts: tuple[str, str] = ("", "")
+) -> tuple[Scores, Scores]:
+    """Both tables over the items that both have, and the same seeds; one that no seed changes keeps its single row.
+
+    Args:
+        parts: which part of either side, as in `matrix`.
+    """
     if -1 not in ours and -1 not in other:
         common = ours.keys() & other.keys()
         ours, other = ({s: r for s, r in side.items() if s in common} for side in (ours, other))
-    (one, _, first), (two, _, second) = matrix(ours, task), matrix(other, task)
+    (one, _, first), (two, _, second) = matrix(ours, task, parts[0]), matrix(other, task, parts[1])
     both = sorted(set(first) & set(second))
     at = [[items.index(i) for i in both] for items in (first, second)]
     return one[:, at[0]], two[:, at[1]]
 
 
-def _items(result: Result, task: str) -> dict[str, float]:
+def _items(result: Result, task: str, part: str) -> dict[str, float]:
     """A task's scores by item. ALL is the mean over tasks of the items that every task has."""
-    scores: dict[str, dict[str, float]] = result["scores"]
+    scores: dict[str, dict[str, float]] = parts_of(result).get(part, {})
     if task != ALL:
         return scores.get(task, {})
     items = set.intersection(*(set(s) for s in scores.values())) if scores else set[str]()
     return {i: sum(s[i] for s in scores.values()) / len(scores) for i in items}
 
 
+def parts_of(result: Result) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores by part, task and item; the part "" are the result's own."""
+    return {"": result["scores"], **result.get("parts", {})}
+
+
+def place(scenario: str, point: Point, *more: str) -> list[str]:
+    """A scenario's name (of a data folder, its last part), the sweep's values, and what else tells a row."""
+    return [scenario.rstrip("/").rpartition("/")[2], *(f"{v}" for _, v in point), *more]
+
+
+# --- as files --------------------------------------------------------------------------------------------------------
+
+
 def results_csv(findings: Findings) -> str:
-    """One row for each job and task."""
-    keys = list(findings.recipe.sweep)
-    text = io.StringIO()
-    names = ["recipe", "preset", "scenario", "task", "dependent", "level", "arm", *keys, "seed"]
-    writer = csv.DictWriter(
-        text, [*names, UNITS[findings.recipe.measure], "items", "id", *COSTS, *MADE], lineterminator="\n"
-    )
+    """One row for each job and task; of a measure with parts, for each job, task and part."""
+    kind, text = findings.kind, io.StringIO()
+    names = ["recipe", "preset", "scenario", "task", "dependent", "level", "arm", *findings.recipe.sweep, "seed"]
+    names += [kind.part] * bool(kind.part)
+    writer = csv.DictWriter(text, [*names, kind.unit, "items", "id", *COSTS, *MADE], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_rows(findings))
+    for job in findings.jobs:
+        if (result := findings.results.get(job.id)) is not None:
+            writer.writerows(_rows(findings, job, result))
     return text.getvalue()
 
 
-def _rows(findings: Findings) -> Iterable[dict[str, Any]]:
-    recipe = findings.recipe
-    for job in findings.jobs:
-        result = findings.results.get(job.id)
-        if result is None:
-            continue
-        for task, value in result["mean"].items():
-            yield {
-                **{"recipe": recipe.name, "preset": recipe.preset, "scenario": job.data.scenario, "task": task},
-                **result["graph"][task],
-                **{"arm": job.arm, **dict(job.point), "seed": job.seed, "id": job.id},
-                UNITS[recipe.measure]: value,
-                "items": len(result["scores"][task]),
-                **{c: result["cost"].get(c, "") for c in COSTS},
-                **{m: result["made"].get(m, "") for m in MADE},
-            }
-
-
-# --- as text ---------------------------------------------------------------------------------------------------------
-
-
-def shown(value: Interval, measure: str, *, signed: bool = False) -> tuple[str, str]:
-    """A number and its interval as text: percent (points, if signed) for accuracy, seconds for inference."""
-    scale, digits = (100, 1) if measure == "accuracy" else (1, 3)
-    sign = "+" if signed else ""
-    first, low, high = (f"{x * scale:{sign}.{digits}f}" for x in (value.mean, value.low, value.high))
-    return first, f"{low} to {high}"
-
-
-def place(line: Line) -> list[str]:
-    """Scenario, sweep values and task of a line."""
-    return [line.scenario.rstrip("/").rpartition("/")[2], *(f"{v}" for _, v in line.point), line.task]
-
-
-def wide(findings: Findings, lines: Sequence[Line], *, signed: bool = False) -> list[dict[str, str]]:
-    """Lines as rows of a console's table: one row for each place, one column for each arm."""
-    heads = ["scenario", *findings.recipe.sweep, "task"]
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    arms = [a for a in findings.recipe.arms if any(line.arm == a for line in lines)]
-    for line in lines:
-        where = tuple(place(line))
-        row = rows.setdefault(where, {**dict(zip(heads, where, strict=True)), **dict.fromkeys(arms, "")})
-        value, interval = shown(line.value, findings.recipe.measure, signed=signed)
-        few = f", {line.value.seeds} seeds" if 1 < line.value.seeds < findings.recipe.seeds else ""
-        row[line.arm] = f"{value} ({interval}{few})" + (" *" if signed and line.value.without_zero else "")
-    return list(rows.values())
+def _rows(findings: Findings, job: Job, result: Result) -> Iterable[dict[str, Any]]:
+    recipe, kind = findings.recipe, findings.kind
+    of_job: dict[str, Any] = {
+        "recipe": recipe.name,
+        "preset": recipe.preset,
+        "scenario": job.data.scenario,
+        "arm": job.arm,
+    }
+    of_job |= {**dict(job.point), "seed": job.seed, "id": job.id}
+    of_job |= {m: result["made"].get(m, "") for m in MADE}
+    for part, tasks in parts_of(result).items():
+        cost = {**result["cost"], **result.get("part_cost", {}).get(part, {})}
+        named = {kind.part: part or kind.whole} if kind.part else {}
+        for task, scores in tasks.items():
+            if scores:
+                value = {kind.unit: sum(scores.values()) / len(scores), "items": len(scores)}
+                costs = {c: cost.get(c, "") for c in COSTS}
+                yield {**of_job, "task": task, **result["graph"][task], **named, **value, **costs}
 
 
 def as_data(findings: Findings) -> dict[str, Any]:
-    """The numbers as JSON can hold them."""
+    """The numbers as JSON can hold them.
+
+    Differences only of measures without parts: where there are parts the views take theirs inside one job, and between
+    jobs a time, say, differs by what else the machine does.
+    """
 
     def plain(line: Line) -> dict[str, Any]:
         where = {"scenario": line.scenario, "point": dict(line.point), "task": line.task, "arm": line.arm}
@@ -257,6 +262,6 @@ def as_data(findings: Findings) -> dict[str, Any]:
         "done": findings.done,
         "total": findings.total,
         findings.recipe.measure: [plain(x) for x in findings.lines],
-        "differences": [plain(x) for x in findings.differences],
+        **({} if findings.kind.part else {"differences": [plain(x) for x in findings.differences]}),
         "costs": findings.costs,
     }

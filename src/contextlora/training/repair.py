@@ -8,7 +8,7 @@ it goes on training on that task's clean answers, which may cost the other tasks
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from contextlora.lora.sharing import Plan
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import train, training_examples
 from contextlora.training.plan import count_trained, planned, prepare
+from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
 
 BLOCKWISE = ("paper", "lora-per-task", "hard-routing")  # each task's samples train its own block and no other
@@ -67,6 +68,9 @@ def isolate_and_repair(
     task: str,
     features: ImageFeatures | None = None,
     quiet: bool = False,
+    single: int | None = None,
+    prefix: FrozenPrefix | None = None,
+    told: Callable[[str], None] = lambda _: None,
 ) -> list[Step]:
     """Trains clean, trains with one task poisoned, and repairs; all tasks are measured after every step.
 
@@ -80,8 +84,8 @@ def isolate_and_repair(
 
     With one run over all tasks (lora, hydralora, mole-joint, lori-d) after 0 and 1:
 
-    2. "continued": the adapter goes on from there on clean answers of `task` alone, as many updates as a block's
-       repair.
+    2. "continued": the adapter goes on from there on clean answers of `task` alone, as many updates as the repair of
+       a block that is trained with the same batch size (see `single`).
     3. "retrained": everything from scratch on clean answers. That is step 0 again, bit for bit: its weights and
        figures are taken, not computed twice.
 
@@ -98,6 +102,10 @@ def isolate_and_repair(
             name prerequisites' answers name the models' own when measured.
         task: whose answers are poisoned.
         quiet: no progress bars.
+        single: the batch size of "continued"; None takes the configuration's. A joint run whose batches hold all tasks
+            has as many updates as a block only if its one task goes on in that block's batches.
+        prefix: activations kept for trainings on clean answers, as in `train`; the poisoned one computes its own.
+        told: which step is begun.
 
     Raises:
         ConfigError: E104 for an unknown task, E121 for a method that has neither blocks nor a single run. DataError:
@@ -108,13 +116,15 @@ def isolate_and_repair(
     label_noise([], graph, poison.label_noise, poison.seed, (task,))  # refuses the task before hours of training
     joint = _is_joint(planned(graph, None, config), config.method)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
-    bench = _Bench(model, processor, graph, Path(data), split, Path(out), reader, quiet)
+    bench = _Bench(model, processor, graph, Path(data), split, Path(out), reader, quiet, prefix, told)
 
     steps = [bench.from_scratch("clean", clean)]
     kept = _weights(model) if joint else {}
     steps.append(bench.from_scratch("poisoned", poison))
     if joint:
-        steps.append(bench.step("continued", (task,), clean))
+        steps.append(
+            bench.step("continued", (task,), clean.model_copy(update={"batch_size": single or clean.batch_size}))
+        )
         _restore(model, kept)
         return [*steps, replace(steps[0], name="retrained")]
     repair = clean.model_copy(update={"frozen_ratio": 1.0})
@@ -154,6 +164,8 @@ class _Bench:
     out: Path
     reader: ImageFeatures
     quiet: bool
+    prefix: FrozenPrefix | None
+    told: Callable[[str], None]
 
     def from_scratch(self, name: str, config: TrainConfig) -> Step:
         """New layers, everything trained."""
@@ -170,6 +182,7 @@ class _Bench:
 
     def step(self, name: str, tasks: Sequence[str], config: TrainConfig) -> Step:
         """Trains `tasks` from where the model is, then measures all."""
+        self.told(name)
         plan = planned(self.graph, tasks, config)
         parameters = count_trained(self.model, plan)
         folder = self.out / name
@@ -192,6 +205,7 @@ class _Bench:
             tasks=tasks,
             features=self.reader,
             tracker=watch,
+            prefix=None if config.label_noise else self.prefix,
         )
 
     def _measure(self, config: TrainConfig) -> Evaluation:
