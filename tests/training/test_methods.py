@@ -239,10 +239,23 @@ def test_mole_mixes_its_experts_by_hand_and_trains_each_alone():
     with state.use(state.gate("weather")):
         mixed = layer(x) - layer.base(x)
     every = torch.cat(said, -1)
-    normal = (every - every.mean(-1, keepdim=True)) / (every.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    normal = every / every.norm(dim=-1, keepdim=True)
     g = torch.softmax(normal @ layer.weights["gate_e"] / layer.weights["gate_tau"], -1)
     assert torch.allclose(mixed, sum(g[..., n : n + 1] * said[n] for n in range(3)), atol=1e-4)
     assert balance([layer, layer], ()).item() == pytest.approx(-0.5 * g.mean((0, 1)).log().sum().item(), rel=1e-4)
+
+
+def test_moles_experts_and_gate_take_as_many_updates(words):
+    model, processor = prepared("mole")
+    settings = TrainConfig(method="mole", epochs=1, batch_size=3)
+    reader, examples = ImageFeatures(model, Encoder(processor, ALIKE)), training_examples(words, ALIKE, settings)
+    experts, gate = (
+        Stage(reader, FrozenPrefix(reader, 0), examples, phase, settings)
+        for phase in planned(ALIKE, None, settings).phases
+    )
+    assert [len(r.micro_batches(0)[0]) for r in experts.runs] == [1, 1, 1]
+    assert len(gate.runs[0].micro_batches(0)[0]) == 3
+    assert abs(gate.total - sum(r.total for r in experts.runs) / 3) <= 1
 
 
 def test_mole_leaves_its_experts_alone_while_the_gate_learns(runs, words):

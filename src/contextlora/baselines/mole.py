@@ -2,8 +2,8 @@
 
     E_i = s B_i A_i x,    g = softmax(norm(E_1 + ... + E_N) . e / tau),    y = W x + sum_i g_i E_i      (+ concatenates)
 
-with the gate's e (N d_out, N), starting at zero, and the temperature tau learned in every layer, and the loss
-alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS section 1).
+with norm to unit length, the gate's e (N d_out, N), starting at zero, and the temperature tau learned in every layer, and
+the loss alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS section 1).
 
 Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, and pooling
 over it would show the gate the answer while training. So the gate reads each token's own expert outputs.
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import normalize
 
 from contextlora.baselines.beside import SCALE, BesideLinear, budget, even_ranks, sizes
 from contextlora.graph import TaskGraph
@@ -31,10 +31,13 @@ ALPHA = 0.5  # weight of the balance loss
 
 
 def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
-    """First an expert for each task, side by side; then the gate alone, over the samples of all tasks."""
+    """First an expert for each task, side by side; then the gate alone, over the samples of all tasks.
+
+    The experts divide the batch, so that they take as many updates as the gate.
+    """
     own = Sharing({t: (t,) for t in graph.names}, {t: {t: graph.rank_of(t)} for t in graph.names})
     mixed = Sharing(dict.fromkeys(graph.names, graph.names), {t: {"gate": 1} for t in graph.names})
-    phases = (Phase(tuple((t,) for t in tasks), own), Phase((tuple(tasks),), mixed, balance))
+    phases = (Phase(tuple((t,) for t in tasks), own, divided=True), Phase((tuple(tasks),), mixed, balance))
     return Plan(phases, mixed)
 
 
@@ -94,7 +97,7 @@ class MoleLinear(BesideLinear):
             alone: Tensor = (h * self._own(gate, x).unsqueeze(-1)).flatten(-2) @ b.flatten(0, 1)
             return SCALE * alone
         said = SCALE * torch.einsum("...nr,nro->...no", h, b)
-        seen = layer_norm(said.flatten(-2).float(), (said.shape[-2] * said.shape[-1],))
+        seen = normalize(said.flatten(-2).float(), dim=-1)
         share = ((seen @ self.weights["gate_e"]) / self.weights["gate_tau"]).softmax(-1)
         if torch.is_grad_enabled():
             self.used = share.flatten(0, -2).mean(0)

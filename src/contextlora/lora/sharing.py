@@ -61,6 +61,7 @@ class Phase:
         penalty: added to a run's loss, given the adapted layers and the run's tasks.
         prepare: what is done to the layers before the first update, given the result of the phases before.
         share: how much of the opened parameters learns, where a mask holds the rest at zero.
+        divided: the configured batch is divided among the runs, instead of each having one of that size.
         trial: what it trains is thrown away again, so it does not count among the trained parameters.
     """
 
@@ -69,12 +70,17 @@ class Phase:
     penalty: Callable[[Iterable[Any], tuple[str, ...]], Tensor] | None = None
     prepare: Callable[[Iterable[Any]], None] | None = None
     share: float = 1.0
+    divided: bool = False
     trial: bool = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """All tasks of its runs."""
         return tuple(t for run in self.runs for t in run)
+
+    def batch_size(self, configured: int) -> int:
+        """Samples of one run in one micro-batch."""
+        return max(1, configured // len(self.runs)) if self.divided else configured
 
 
 @dataclass(frozen=True)

@@ -215,10 +215,12 @@ def effort(
     every task, a task's own block only with its own.
     """
     most, samples = 0, 0
-    for run in (run for phase in planned(graph, tasks, config).phases for run in phase.runs):
-        count = sum(t in e.answers for e in examples for t in run)
-        most = max(most, config.epochs * math.ceil(count / (config.batch_size * config.accumulate)))
-        samples += config.epochs * count
+    for phase in planned(graph, tasks, config).phases:
+        at_once = phase.batch_size(config.batch_size) * config.accumulate
+        for run in phase.runs:
+            count = sum(t in e.answers for e in examples for t in run)
+            most = max(most, config.epochs * math.ceil(count / at_once))
+            samples += config.epochs * count
     return {"updates": most, "samples": samples}
 
 

@@ -180,6 +180,7 @@ class Stage:
     ):
         self.model, self.reader, self.prefix, self.penalty = reader.model, reader, prefix, phase.penalty
         groups = trainable_groups(self.model, phase.tasks, phase.sharing)
+        config = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
         self.given: dict[str, Answers] = given or {}
         self.runs: list[TaskRun] = []
         for tasks in phase.runs:
