@@ -2,8 +2,9 @@
 
     E_i = s B_i A_i x,    g = softmax(norm(E_1 + ... + E_N) . e / tau),    y = W x + sum_i g_i E_i      (+ concatenates)
 
-with norm to unit length, the gate's e (N d_out, N), starting at zero, and the temperature tau learned in every layer, and
-the loss alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS section 1).
+with norm to unit length, the gate's e (N d_out, N), starting at zero, and the temperature tau learned in every layer,
+and the loss alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS
+section 1).
 
 Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, and pooling
 over it would show the gate the answer while training. So the gate reads each token's own expert outputs.
