@@ -17,7 +17,7 @@ from contextlora.baselines.olora import LAMBDA, orthogonality
 from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.errors import ConfigError, RunError
-from contextlora.evaluation.evaluate import evaluate
+from contextlora.evaluation.evaluate import evaluate, option_sets, same_length, score_options
 from contextlora.lora.attach import adapted_layers, attached_state, detach, gated_layers
 from contextlora.lora.gates import GateState
 from contextlora.lora.sharing import along_graph
@@ -238,11 +238,42 @@ def test_mole_mixes_its_experts_by_hand_and_trains_each_alone():
     assert not layer.owned("weather")
     with state.use(state.gate("weather")):
         mixed = layer(x) - layer.base(x)
+    asked = torch.tensor([[True] * 3 + [False] * 2, [True] * 5, [True] * 4 + [False]])
+    gate = state.gate("weather")
+    gate.prompt = asked
+    with state.use(gate):
+        mixed = layer(x) - layer.base(x)
     every = torch.cat(said, -1)
-    normal = every / every.norm(dim=-1, keepdim=True)
-    g = torch.softmax(normal @ layer.weights["gate_e"] / layer.weights["gate_tau"], -1)
-    assert torch.allclose(mixed, sum(g[..., n : n + 1] * said[n] for n in range(3)), atol=1e-4)
-    assert balance([layer, layer], ()).item() == pytest.approx(-0.5 * g.mean((0, 1)).log().sum().item(), rel=1e-4)
+    pooled = torch.stack([every[i][asked[i]].mean(0) for i in range(3)])
+    g = torch.softmax(
+        pooled / pooled.norm(dim=-1, keepdim=True) @ layer.weights["gate_e"] / layer.weights["gate_tau"], -1
+    )
+    assert torch.allclose(mixed, sum(g[:, None, n : n + 1] * said[n] for n in range(3)), atol=1e-4)
+    assert balance([layer, layer], ()).item() == pytest.approx(-0.5 * g.mean(0).log().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_read_one_by_one_are_as_likely_as_in_training(words, method):
+    """Scoring runs the prompt once and then the rest of each answer: whatever routes must go on as it began."""
+    model, processor = prepared(method)
+    generator = torch.Generator().manual_seed(5)
+    for m in adapted_layers(model).values():
+        for t in m.tensors().values():
+            if t.is_floating_point():
+                t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) * 0.1)
+    reader = ImageFeatures(model, Encoder(processor, ALIKE))
+    examples = training_examples(words, ALIKE, TrainConfig())[:4]
+    candidates = option_sets(ALIKE, "action")
+    for part in same_length(asked := [reader.encoder.sample(e, "action") for e in examples], 3):
+        with torch.no_grad(), model.tasks("action"):
+            found = score_options(reader, collate([asked[i] for i in part], 0), candidates)
+        for row, i in zip(found, part, strict=True):
+            batch = collate([reader.encoder.sample(examples[i], "action", answer=c) for c in candidates], 0)
+            prompt = torch.arange(batch.input_ids.shape[1]) < len(asked[i].prompt)
+            with torch.no_grad(), model.tasks("action", prompt.expand(len(candidates), -1)):
+                nll = answer_nll(model, reader.inputs(batch), batch)
+            whole = torch.zeros(len(candidates), dtype=nll.dtype).index_add(0, batch.owner, -nll)
+            assert torch.allclose(row, whole, atol=1e-9)
 
 
 def test_moles_experts_and_gate_take_as_many_updates(words):

@@ -6,8 +6,8 @@ with norm to unit length, the gate's e (N d_out, N), starting at zero, and the t
 and the loss alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS
 section 1).
 
-Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, and pooling
-over it would show the gate the answer while training. So the gate reads each token's own expert outputs.
+Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, so the gate
+reads the mean of E over the prompt's tokens: one g a sequence, which the answer, unseen by it, goes on with.
 
 Two ways: experts trained one for each task and then frozen (the paper), or everything together (`joint`). Ranks are
 chosen so that experts and gates together have as many parameters as the graph's blocks.
@@ -72,7 +72,7 @@ class MoleLinear(BesideLinear):
     """N experts and a gate over them beside a frozen linear.
 
     Attributes:
-        used: mean of g over the tokens of the last forward pass that had a gradient, (N,).
+        used: mean of g over the samples of the last forward pass that had a gradient, (N,).
     """
 
     used: Tensor
@@ -85,6 +85,7 @@ class MoleLinear(BesideLinear):
             self.add(f"{t}_B", torch.zeros(rank, self.out_features))
         self.add("gate_e", torch.zeros(len(self.experts) * self.out_features, len(self.experts)))
         self.add("gate_tau", torch.ones(1))
+        self._held = torch.empty(0)  # g of the last prompts, for their answers
 
     def open(self, counts: Mapping[str, int]) -> None:
         super().open(counts)
@@ -93,21 +94,29 @@ class MoleLinear(BesideLinear):
     def delta(self, x: Tensor, gate: Gate) -> Tensor:
         a = torch.stack([self.weights[f"{t}_A"] for t in self.experts]).to(x.dtype)  # (N, r, d_in)
         b = torch.stack([self.weights[f"{t}_B"] for t in self.experts]).to(x.dtype)
-        h = (x @ a.flatten(0, 1).T).view(*x.shape[:-1], *a.shape[:2])  # (..., N, r)
-        if not self.mixing:
-            alone: Tensor = (h * self._own(gate, x).unsqueeze(-1)).flatten(-2) @ b.flatten(0, 1)
-            return SCALE * alone
-        said = SCALE * torch.einsum("...nr,nro->...no", h, b)
-        seen = normalize(said.flatten(-2).float(), dim=-1)
+        h = (x @ a.flatten(0, 1).T).view(*x.shape[:-1], *a.shape[:2])  # (samples, tokens, N, r)
+        share = self._share(h, b, gate) if self.mixing else self._own(gate, x)
+        mixed: Tensor = (h * share[:, None, :, None]).flatten(-2) @ b.flatten(0, 1)
+        return SCALE * mixed
+
+    def _share(self, h: Tensor, b: Tensor, gate: Gate) -> Tensor:
+        """g of each sample, (samples, N)."""
+        if gate.prompt is None and (gate.rows is not None or h.shape[1] == 1):  # generation goes on token by token
+            rows = torch.arange(len(h)) // (len(h) // len(self._held)) if gate.rows is None else gate.rows
+            held: Tensor = self._held[rows.to(h.device)]
+            return held
+        of_prompt = h.new_ones(h.shape[:2]) if gate.prompt is None else gate.prompt.to(h)
+        pooled = torch.einsum("st,stnr->snr", of_prompt / of_prompt.sum(1, keepdim=True), h)
+        said = SCALE * torch.einsum("snr,nro->sno", pooled, b)  # the mean of E over the prompt: B is linear
+        seen = normalize(said.flatten(1).float(), dim=-1)
         share = ((seen @ self.weights["gate_e"]) / self.weights["gate_tau"]).softmax(-1)
         if torch.is_grad_enabled():
-            self.used = share.flatten(0, -2).mean(0)
-        mixed: Tensor = (share.to(x.dtype).unsqueeze(-1) * said).sum(-2)
-        return mixed
+            self.used = share.mean(0)
+        self._held = share.detach().to(h.dtype)
+        cast: Tensor = share.to(h.dtype)
+        return cast
 
     def _own(self, gate: Gate, x: Tensor) -> Tensor:
-        """1 for the expert of each sample's task, (samples, 1, ..., N)."""
+        """1 for the expert of each sample's task, (samples, N)."""
         rows = torch.tensor([[t == e for e in self.experts] for t in gate.tasks], dtype=x.dtype, device=x.device)
-        if len(rows) > 1:
-            rows = rows.repeat_interleave(x.shape[0] // len(rows), 0)
-        return rows.view(len(rows), *[1] * (x.dim() - 2), len(self.experts))
+        return rows.repeat_interleave(len(x) // len(rows), 0)

@@ -20,7 +20,7 @@ from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.metrics import Accuracy, parse_answer, score
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import attached_state
+from contextlora.lora.attach import attached_state, going_on
 from contextlora.models.inputs import ImageFeatures, at_least_float32, log_likelihood, logits_at
 
 Method = Literal["likelihood", "generate"]
@@ -203,7 +203,7 @@ def _rest(
         more = {}
         if _image_positions(model):
             more["position_ids"] = starts[prompts] + torch.arange(fed.shape[1] - 1, device=starts.device)
-        with logits_at(model, predicts):
+        with logits_at(model, predicts), going_on(model, prompts):
             logits = model(
                 input_ids=fed[:, :-1],
                 attention_mask=torch.ones(len(fed), length + fed.shape[1] - 1, dtype=torch.long, device=starts.device),

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contextlora.errors import AdapterError, ConfigError, RunError, did_you_mean
 from contextlora.graph import TaskGraph
@@ -242,10 +242,26 @@ def is_linear(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _tasks(model: nn.Module, tasks: str | Sequence[str]) -> Iterator[None]:
-    """`model.tasks`: one task name a sample of the batch, or one name for all of them."""
+def going_on(model: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Inside, passes go on with answers to prompts that were passed before: sample i to the prompt `rows[i]`."""
+    state = attached_state(model)
+    gate = state.current if state else None
+    if gate is not None:
+        gate.rows = rows
+    try:
+        yield
+    finally:
+        if gate is not None:
+            gate.rows = None
+
+
+@contextmanager
+def _tasks(model: nn.Module, tasks: str | Sequence[str], prompt: Tensor | None = None) -> Iterator[None]:
+    """`model.tasks`: one task name a sample of the batch, or one name for all of them. `prompt` is as in `Gate`."""
     state = attached_state(model)
     assert state is not None
     carry_gate_into_recompute(model, state)
-    with state.use(state.gate(tasks)):
+    gate = state.gate(tasks)
+    gate.prompt = prompt
+    with state.use(gate):
         yield

@@ -30,7 +30,13 @@ class Gate:
         columns: where each block that is active lies within `ranks`.
         teaches: the tasks some rank of whose block learns from some sample; no other block gets a gradient.
         stamp: a number that two gates share only if they are alike.
+        prompt: (samples, tokens) True where a token belongs to the prompt, for methods that route by the whole prompt
+            and must not see the answer; None where the pass holds nothing else.
+        rows: for a pass that goes on from prompts passed before, which of them each sample goes on from.
     """
+
+    prompt: Tensor | None = None
+    rows: Tensor | None = None
 
     def __init__(self, graph: TaskGraph, tasks: Sequence[str], sharing: Sharing | None = None):
         sharing = sharing or along_graph(graph)

@@ -221,7 +221,9 @@ class Stage:
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
         """Adds the gradients of sum over runs of (sum of its answer tokens' loss / number of them in this update)."""
         inputs = self.reader.inputs(batch)
-        with self.model.tasks(batch.tasks), self.prefix.replay(batch, inputs):  # type: ignore[operator]
+        lengths = torch.tensor([len(s.prompt) for s in batch.samples])
+        prompt = torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
+        with self.model.tasks(batch.tasks, prompt), self.prefix.replay(batch, inputs):  # type: ignore[operator]
             nll = answer_nll(self.model, inputs, batch)
         by_sample = nll.new_zeros(len(batch.samples)).index_add(0, batch.owner.to(nll.device), nll)
         names = [self._run_of[t] for t in batch.tasks]
