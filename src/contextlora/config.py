@@ -24,10 +24,9 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 
 
-Rival = Literal[
-    "lora", "lora-per-task", "hard-routing", "o-lora", "hydralora", "mole", "mole-joint", "lori-d", "lori-s"
+Method = Literal[
+    "paper", "lora", "lora-per-task", "hard-routing", "o-lora", "hydralora", "mole", "mole-joint", "lori-d", "lori-s"
 ]
-Method = Literal["paper"] | Rival
 
 
 class AlignConfig(Strict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,7 @@ from contextlora.baselines.beside import even_ranks
 from contextlora.baselines.lori import keep_largest
 from contextlora.baselines.mole import balance
 from contextlora.baselines.olora import LAMBDA, orthogonality
-from contextlora.config import RunConfig, TrainConfig
+from contextlora.config import Method, RunConfig, TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.errors import ConfigError, RunError
 from contextlora.evaluation.evaluate import evaluate, option_sets, same_length, score_options
@@ -40,6 +42,11 @@ def first_stage(model, processor, data, graph, at=0, **config):
 
 
 METHODS = ["paper", *RIVALS]
+
+
+def test_the_configuration_knows_every_method():
+    assert get_args(Method) == tuple(METHODS)
+    assert set(LAYERS) <= set(RIVALS)
 
 
 def prepared(method, graph=ALIKE, seed=0, dtype=torch.float64):
