@@ -25,12 +25,12 @@ PAIRED = (
 def sections(findings: Findings) -> list[Section]:
     """What was found with a figure, and the differences."""
     style = findings.kind.style
-    found = grid(findings, findings.lines, f"{findings.recipe.measure}, with 95 % intervals", style)
+    found = grids(findings, findings.lines, f"{findings.recipe.measure}, with 95 % intervals", style)
     title = f"{findings.differences_title}, paired; * where the interval excludes 0"
-    differences = grid(findings, findings.differences, title, replace(style, signed=True, against=0.0))
+    differences = grids(findings, findings.differences, title, replace(style, signed=True, against=0.0))
     return [
-        Section("What was found", [found], figures(findings), note=means_note(findings)),
-        Section(findings.differences_title, [differences], note=PAIRED),
+        Section("What was found", found, figures(findings), note=means_note(findings)),
+        Section(findings.differences_title, differences, note=PAIRED),
     ]
 
 
@@ -39,13 +39,18 @@ def means_note(findings: Findings) -> str:
     return MEANS + ONE_SEED * any(line.value.seeds == 1 for line in findings.lines)
 
 
-def grid(findings: Findings, found: Sequence[Line], title: str, style: Style) -> Grid:
-    """One row for each place, one column for each arm."""
-    rows = Rows()
-    for line in found:
-        rows.add(place(line.scenario, line.point, line.task), line.arm, line.value)
-    heads = ["scenario", *findings.recipe.sweep, "task"]
-    return Grid(title, heads, rows.columns(findings.recipe.arms), rows.found, style, findings.recipe.seeds)
+def grids(findings: Findings, found: Sequence[Line], title: str, style: Style) -> list[Grid]:
+    """One for each scenario: a row for each arm, which may be many, a column for each task."""
+    made = []
+    for scenario in dict.fromkeys(line.scenario for line in found):
+        rows = Rows()
+        for arm in findings.recipe.arms:
+            for line in (x for x in found if x.scenario == scenario and x.arm == arm):
+                rows.add([*(f"{v}" for _, v in line.point), arm], line.task, line.value)
+        name, heads = place(scenario, ())[0], [*findings.recipe.sweep, "method"]
+        columns = rows.columns(findings.tasks(scenario))
+        made.append(Grid(f"{name}: {title}", heads, columns, rows.found, style, findings.recipe.seeds))
+    return made
 
 
 def figures(findings: Findings) -> list[tuple[str, str]]:

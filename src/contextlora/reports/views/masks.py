@@ -13,7 +13,7 @@ from contextlora.reports.grids import Grid, Rows, Section, shown
 from contextlora.reports.kinds import Style
 from contextlora.reports.statistics import Interval, difference
 from contextlora.reports.tables import Findings, paired, place
-from contextlora.reports.views.accuracy import grid, means_note
+from contextlora.reports.views.accuracy import grids, means_note
 
 LOST = Style(100, 1, higher=False, signed=True, against=0.0)
 NOTE = (
@@ -36,8 +36,8 @@ def sections(findings: Findings) -> list[Section]:
                 figures.append((f"{name}, {arm}", drawn(lost, graph)))
                 tables.append(_table(findings, f"{name}, {arm}: points lost by task, masked block by block", lost))
         found.append(Section(f"Points lost without a block, {name}", tables, figures, note=NOTE))
-    whole = grid(findings, findings.lines, "accuracy, nothing masked", findings.kind.style)
-    return [*found, Section("Nothing masked", [whole], note=means_note(findings))]
+    whole = grids(findings, findings.lines, "accuracy, nothing masked", findings.kind.style)
+    return [*found, Section("Nothing masked", whole, note=means_note(findings))]
 
 
 def points_lost(results: Mapping[int, Any], graph: TaskGraph) -> dict[tuple[str, str], Interval]:
