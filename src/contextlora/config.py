@@ -88,6 +88,11 @@ class TrainConfig(Strict):
     activation_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
+    @property
+    def context_asked(self) -> Literal["none", "predicted"]:
+        """The context of what is asked of the trained blocks: their own answers where training had the labels."""
+        return "none" if self.context == "none" else "predicted"
+
 
 class RunConfig(Strict):
     """A run: what is trained, on what, and where the result goes.

@@ -19,12 +19,12 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import first_values
-from contextlora.lora.sharing import Phase, Plan, Sharing
+from contextlora.lora.sharing import Phase, Plan, all_for_all
 
 
 def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """One run over all tasks; everything learns."""
-    sharing = Sharing(dict.fromkeys(graph.names, graph.names), {t: {"hydra": 1} for t in graph.names})
+    sharing = all_for_all(graph, {"hydra": 1})
     return Plan((Phase((tuple(tasks),), sharing),), sharing)
 
 

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
-from contextlora.lora.sharing import Phase, Plan, Sharing
+from contextlora.lora.sharing import Phase, Plan, all_for_all, own_alone
 
 
 def joint(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """Every block on and learning for every task; one run."""
     ranks = {t: graph.rank_of(t) for t in graph.names}
-    sharing = Sharing(dict.fromkeys(graph.names, graph.names), dict.fromkeys(graph.names, ranks))
+    sharing = all_for_all(graph, ranks)
     return Plan((Phase((tuple(tasks),), sharing),), sharing)
 
 
 def per_task(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """Every task its own block and nothing else; all side by side."""
-    sharing = Sharing({t: (t,) for t in graph.names}, {t: {t: graph.rank_of(t)} for t in graph.names})
+    sharing = own_alone(graph)
     return Plan((Phase(tuple((t,) for t in tasks), sharing),), sharing)
 
 

@@ -22,7 +22,7 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import first_values
-from contextlora.lora.sharing import Phase, Plan, Sharing
+from contextlora.lora.sharing import Phase, Plan, Sharing, all_for_all
 
 KEPT = 0.5  # of B in LoRI-S
 
@@ -40,7 +40,7 @@ def sparse(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
 
 def _sharing(graph: TaskGraph) -> Sharing:
-    return Sharing(dict.fromkeys(graph.names, graph.names), {t: {"lori": 1} for t in graph.names})
+    return all_for_all(graph, {"lori": 1})
 
 
 def layers(seed: int, kept: float = 1.0) -> Make:

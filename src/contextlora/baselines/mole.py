@@ -26,7 +26,7 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import first_values
-from contextlora.lora.sharing import Phase, Plan, Sharing
+from contextlora.lora.sharing import Phase, Plan, all_for_all, own_alone
 
 ALPHA = 0.5  # weight of the balance loss
 
@@ -36,8 +36,7 @@ def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
     The experts divide the batch, so that they take as many updates as the gate.
     """
-    own = Sharing({t: (t,) for t in graph.names}, {t: {t: graph.rank_of(t)} for t in graph.names})
-    mixed = Sharing(dict.fromkeys(graph.names, graph.names), {t: {"gate": 1} for t in graph.names})
+    own, mixed = own_alone(graph), all_for_all(graph, {"gate": 1})
     phases = (Phase(tuple((t,) for t in tasks), own, divided=True), Phase((tuple(tasks),), mixed, balance))
     return Plan(phases, mixed)
 
@@ -45,7 +44,7 @@ def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 def joint(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """Experts and gate together."""
     learns = {"gate": 1, **{t: graph.rank_of(t) for t in graph.names}}
-    mixed = Sharing(dict.fromkeys(graph.names, graph.names), dict.fromkeys(graph.names, learns))
+    mixed = all_for_all(graph, learns)
     return Plan((Phase((tuple(tasks),), mixed, balance),), mixed)
 
 

@@ -31,6 +31,16 @@ class Sharing:
         return hash(repr((dict(self.active), {t: dict(n) for t, n in self.learns.items()})))
 
 
+def all_for_all(graph: TaskGraph, learns: Mapping[str, int]) -> Sharing:
+    """Every block is on for every task, and whatever `learns` names learns from all samples."""
+    return Sharing(dict.fromkeys(graph.names, graph.names), dict.fromkeys(graph.names, learns))
+
+
+def own_alone(graph: TaskGraph) -> Sharing:
+    """Every task has its own block on, and no other."""
+    return Sharing({t: (t,) for t in graph.names}, {t: {t: graph.rank_of(t)} for t in graph.names})
+
+
 def along_graph(graph: TaskGraph, frozen_ratio: float | None = None) -> Sharing:
     """ContextLoRA: a task and its prerequisites are on; the task's block learns, and delta of its prerequisites'."""
     return Sharing(

@@ -21,7 +21,7 @@ from contextlora.evaluation.metrics import score
 from contextlora.graph import TaskGraph
 from contextlora.reports.bench import Bench, forget_peak, levels, machine, peak_memory, trained
 from contextlora.reports.jobs import FORMAT, Job
-from contextlora.reports.probes import Measured, Scores, asked_with, inference, masks, mechanism, repair
+from contextlora.reports.probes import Measured, Scores, inference, masks, mechanism, repair
 from contextlora.strict import Strict
 
 
@@ -71,7 +71,7 @@ def accuracy(bench: Bench, job: Job) -> Measured:
             job.graph,
             data=o.folder,
             split=bench.recipe.split,
-            context=asked_with(job),
+            context=job.config.context_asked,
             features=o.reader,
             progress=count,
         )

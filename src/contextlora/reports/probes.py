@@ -56,11 +56,6 @@ class Measured:
         return {k: v for k, v in found.items() if v}
 
 
-def asked_with(job: Job) -> str:
-    """The context of prompts, as `contextlora eval` would ask: own answers where training had the labels."""
-    return "none" if job.config.context == "none" else "predicted"
-
-
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +81,7 @@ def masks(bench: Bench, job: Job) -> Measured:
             split=bench.recipe.split,
             tasks=job.graph.names,
             features=o.reader,
-            context=asked_with(job),
+            context=job.config.context_asked,
         )
     parts: dict[str, Scores] = {b: {} for b in found.blocks}
     for task, by_block in found.without.items():
@@ -213,7 +208,7 @@ def _alignment(o: Opened, batches: Mapping[str, Sequence[Batch]]) -> dict[str, A
 
 def _batches(bench: Bench, o: Opened, job: Job, task: str) -> list[Batch]:
     return answer_batches(
-        o.reader, o.folder, task, split=bench.recipe.split, size=SAMPLES, count=LOSSES, context=asked_with(job)
+        o.reader, o.folder, task, split=bench.recipe.split, size=SAMPLES, count=LOSSES, context=job.config.context_asked
     )
 
 

@@ -209,14 +209,13 @@ class _Bench:
         )
 
     def _measure(self, config: TrainConfig) -> Evaluation:
-        context = "none" if config.context == "none" else "predicted"
         return evaluate(
             self.model,
             self.processor,
             self.graph,
             data=self.data,
             split=self.split,
-            context=context,
+            context=config.context_asked,
             features=self.reader,
         )
 
