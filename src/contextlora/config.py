@@ -25,7 +25,17 @@ NotNegative = Annotated[Number, Field(ge=0)]
 
 
 Method = Literal[
-    "paper", "lora", "lora-per-task", "hard-routing", "o-lora", "hydralora", "mole", "mole-joint", "lori-d", "lori-s"
+    "paper",
+    "lora",
+    "lora-per-task",
+    "hard-routing",
+    "o-lora",
+    "hydralora",
+    "mole",
+    "mole-joint",
+    "lori-d",
+    "lori-s",
+    "copies",
 ]
 
 
@@ -52,6 +62,7 @@ class TrainConfig(Strict):
         max_grad_norm: gradient clipping, per task; 0 turns it off.
         accumulate: micro-batches of batch_size for one update.
         method: "paper" is ContextLoRA as published; the others are rivals to compare with (`contextlora.baselines`).
+        penalty: weight of the loss term that a rival adds: O-LoRA's lambda, MoLE's alpha.
         schedule: "level" trains all tasks of a level together, "sequential" one task after another (Algorithm 1).
             "together" is an extension: all tasks at once in mixed batches under one optimizer, so that prerequisites
             which `frozen_ratio` lets their children tune go on seeing their own samples.
@@ -75,6 +86,7 @@ class TrainConfig(Strict):
     max_grad_norm: NotNegative = 1.0
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
     method: Method = "paper"
+    penalty: NotNegative = 0.5
     schedule: Literal["level", "sequential", "together"] = "level"
     frozen_ratio: Share | None = None
     context: Literal["none", "gold", "predicted"] = "none"

@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from contextlora.baselines import lora
+from contextlora.baselines import copies, lora
 from contextlora.baselines.beside import even_ranks
 from contextlora.baselines.lori import keep_largest
 from contextlora.baselines.mole import balance
-from contextlora.baselines.olora import LAMBDA, orthogonality
+from contextlora.baselines.olora import orthogonality
 from contextlora.config import Method, RunConfig, TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.errors import ConfigError, RunError
 from contextlora.evaluation.evaluate import evaluate, option_sets, same_length, score_options
 from contextlora.lora.attach import adapted_layers, attached_state, detach, gated_layers
 from contextlora.lora.gates import GateState
-from contextlora.lora.sharing import along_graph
+from contextlora.lora.layer import GatedLinear
+from contextlora.lora.sharing import along_graph, own_alone
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training.check import check_run
 from contextlora.training.loop import Stage, training_examples
@@ -162,12 +163,12 @@ def test_o_lora_adds_its_penalty_and_leaves_old_blocks(runs, words):
     stage = first_stage(model, processor, words, ALIKE, at=1, method="o-lora")
     layers = gated_layers(model).values()
     value = orthogonality(layers, ("light",))
-    expected = LAMBDA * sum((la.block("weather")[0] @ la.block("light")[0].T).abs().sum().item() for la in layers)
+    expected = sum((la.block("weather")[0] @ la.block("light")[0].T).abs().sum().item() for la in layers)
     assert value.item() == pytest.approx(expected, rel=1e-12)
     value.backward()
     for layer in layers:
         old = layer.block("weather")[0]
-        closed = LAMBDA * torch.sign(layer.block("light")[0] @ old.T) @ old
+        closed = torch.sign(layer.block("light")[0] @ old.T) @ old
         assert torch.allclose(layer.learning["light_A"].grad, closed)
     before = runs.blocks(model)
     stage.update(0)
@@ -198,6 +199,58 @@ def test_together_is_one_run_along_the_graph(runs, words, ratio, moved):
     runs.train(model, processor, words, graph=ALIKE, epochs=40, **how)
     accuracy = evaluate(model, processor, ALIKE, data=words, split="train").accuracy
     assert min(a.mean for a in accuracy.values()) > 0.6
+
+
+@pytest.mark.parametrize(("method", "at"), [("o-lora", 1), ("mole-joint", 0)])
+def test_a_rivals_own_loss_term_has_the_configured_weight(words, method, at):
+    """Gradients are linear in the weight: at 2 they are one plus the difference of 1 and 0 further on."""
+
+    def gradients(weight):
+        model, processor = prepared(method)
+        for m in adapted_layers(model).values():
+            for i, t in enumerate(m.tensors().values()):
+                t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) * 0.1)
+        stage = first_stage(model, processor, words, ALIKE, at=at, method=method, penalty=weight)
+        stage._gradients(stage.runs, 0)
+        return torch.cat([p.grad.flatten() for r in stage.runs for p in r.parameters])
+
+    none, once, twice = (gradients(w) for w in (0.0, 1.0, 2.0))
+    assert (once - none).norm() > 1e-3
+    assert (twice - once - (once - none)).norm() < 1e-3 * (once - none).norm()  # these layers are float32
+
+
+@pytest.mark.parametrize(("rank", "exact"), [(9, True), (8, True), (3, False)])
+def test_a_child_starts_from_what_its_prerequisites_add_together(rank, exact):
+    """Exact where the ranks suffice, else the closest by SVD of the dense sum; prerequisites are left as they are."""
+    tasks = ALIKE.to_dict()["tasks"]
+    graph = tiny.graph(tasks={**tasks, "action": {**tasks["action"], "rank": rank}})
+    base = torch.nn.Linear(20, 24, dtype=torch.float64).requires_grad_(False)
+    layer = GatedLinear(base, GateState(graph), "a.layer", dtype=torch.float64)
+    layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+    def adds(task):
+        a, b = layer.block(task)
+        return graph.scale_of(task) * b.T @ a
+
+    action, before = layer.block("action"), [adds("weather"), adds("light")]
+    first = action[0].clone()
+    action[1].zero_()
+    copies.copy([layer], ["action", "light"])
+    u, s, vh = torch.linalg.svd(sum(before))
+    want = sum(before) if exact else u[:, :rank] * s[:rank] @ vh[:rank]
+    assert torch.allclose(adds("action"), want, atol=1e-10)
+    assert torch.equal(action[0][8:], first[8:]), "ranks to spare keep their first values"
+    assert [torch.equal(adds(t), b) for t, b in zip(("weather", "light"), before, strict=True)] == [True, True]
+
+
+def test_copies_train_and_answer_in_the_childs_own_block(runs, words):
+    plan = planned(ALIKE, None, TrainConfig(method="copies"))
+    assert [p.runs for p in plan.phases] == [(("weather",), ("light",)), (("action",),)]
+    assert plan.answering == own_alone(ALIKE)
+    mine = runs.trained(words, graph=ALIKE, method="copies")
+    others = runs.trained(words, graph=ALIKE, method="lora-per-task")
+    moved = {k[1] for k in mine if not torch.allclose(mine[k], others[k], rtol=0, atol=1e-9)}
+    assert moved == {"action"}, "its prerequisites train as they would alone"
 
 
 # --- rivals with layers of their own ---------------------------------------------------------------------------------
@@ -256,7 +309,7 @@ def test_mole_mixes_its_experts_by_hand_and_trains_each_alone():
         pooled / pooled.norm(dim=-1, keepdim=True) @ layer.weights["gate_e"] / layer.weights["gate_tau"], -1
     )
     assert torch.allclose(mixed, sum(g[:, None, n : n + 1] * said[n] for n in range(3)), atol=1e-4)
-    assert balance([layer, layer], ()).item() == pytest.approx(-0.5 * g.mean(0).log().sum().item(), rel=1e-4)
+    assert balance([layer, layer], ()).item() == pytest.approx(-g.mean(0).log().sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,7 +4,7 @@
 
 with norm to unit length, the gate's e (N d_out, N), starting at zero, and the temperature tau learned in every layer,
 and the loss alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keeps experts from dying out (SEMANTICS
-section 1).
+section 1). alpha is the configuration's `penalty`, 0.5 unless told otherwise.
 
 Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, so the gate
 reads the mean of E over the prompt's tokens: one g a sequence, which the answer, unseen by it, goes on with.
@@ -28,8 +28,6 @@ from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import first_values
 from contextlora.lora.sharing import Phase, Plan, all_for_all, own_alone
 
-ALPHA = 0.5  # weight of the balance loss
-
 
 def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """First an expert for each task, side by side; then the gate alone, over the samples of all tasks.
@@ -49,9 +47,9 @@ def joint(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
 
 def balance(layers: Iterable[MoleLinear], tasks: tuple[str, ...]) -> Tensor:
-    """alpha (-sum_i log q_i) of the last forward pass; least, alpha N log N, where all experts are used alike."""
+    """-sum_i log q_i of the last forward pass; least, N log N, where all experts are used alike."""
     q = torch.stack([layer.used for layer in layers]).mean(0)
-    return -ALPHA * q.log().sum()
+    return -q.log().sum()
 
 
 def layers(seed: int) -> Make:

@@ -1,7 +1,8 @@
 """O-LoRA (Wang et al. 2023): tasks one after another, each in ranks kept orthogonal to those of the tasks before.
 
 While task k trains, the blocks of tasks 1..k-1 are on and frozen, and the loss gains lambda sum |A_i A_k^T| over the
-earlier tasks i, summed over layers (SEMANTICS section 1). Afterwards every block is on for every task.
+earlier tasks i, summed over layers (SEMANTICS section 1). Afterwards every block is on for every task. lambda is the
+configuration's `penalty`, 0.5 unless told otherwise, as in the authors' scripts (--lamda_1 0.5).
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.layer import GatedLinear
 from contextlora.lora.sharing import Phase, Plan, Sharing
 
-LAMBDA = 0.5  # as in the authors' scripts (--lamda_1 0.5)
-
 
 def one_after_another(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """Declared order, old blocks on and frozen."""
@@ -28,10 +27,10 @@ def one_after_another(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
 
 def orthogonality(layers: Iterable[GatedLinear], tasks: tuple[str, ...]) -> Tensor:
-    """lambda sum over layers of sum |A_old A_task^T|; its gradient reaches A_task alone."""
+    """Sum over layers of sum |A_old A_task^T|; its gradient reaches A_task alone."""
     (task,) = tasks
     found = [torch.zeros(())]
     for layer in layers:
         if start := layer.graph.block(task).start:
             found.append((layer.A[:start].detach() @ layer.learning[f"{task}_A"].T).abs().sum())
-    return LAMBDA * torch.stack([x.to(found[-1]) for x in found]).sum()
+    return torch.stack([x.to(found[-1]) for x in found]).sum()

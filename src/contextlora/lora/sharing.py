@@ -68,7 +68,7 @@ class Phase:
         runs: the tasks of each run.
         sharing: the gates meanwhile. An owner in `learns` that is no task is something else the method's layers hold,
             such as a router.
-        penalty: added to a run's loss, given the adapted layers and the run's tasks.
+        penalty: added to a run's loss times the configured weight, given the adapted layers and the run's tasks.
         prepare: what is done to the layers before the first update, given the result of the phases before.
         share: how much of the opened parameters learns, where a mask holds the rest at zero.
         divided: the configured batch is divided among the runs, instead of each having one of that size.

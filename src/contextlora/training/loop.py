@@ -178,7 +178,8 @@ class Stage:
         config: TrainConfig,
         given: dict[str, Answers] | None = None,
     ):
-        self.model, self.reader, self.prefix, self.penalty = reader.model, reader, prefix, phase.penalty
+        self.model, self.reader, self.prefix = reader.model, reader, prefix
+        self.penalty, self.weight = phase.penalty, config.penalty
         groups = trainable_groups(self.model, phase.tasks, phase.sharing)
         config = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
         self.given: dict[str, Answers] = given or {}
@@ -237,13 +238,14 @@ class Stage:
 
     def _extra(self, batch: Batch, tokens: dict[str, int]) -> Tensor | float:
         """The penalty of every run in the batch, by its share of the update's answer tokens; not in what is logged."""
-        if self.penalty is None:
+        if self.penalty is None or not self.weight:
             return 0.0
         extra: Tensor | float = 0.0
         for r in self.runs:
             mine = sum(len(s.answer) for s in batch.samples if self._run_of[s.task] == r.name)
             if mine:
-                extra = extra + self.penalty(adapted_layers(self.model).values(), r.tasks) * (mine / tokens[r.name])
+                share = self.weight * mine / tokens[r.name]
+                extra = extra + self.penalty(adapted_layers(self.model).values(), r.tasks) * share
         return extra
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from contextlora.baselines import hydralora, lora, lori, mole, olora
+from contextlora.baselines import copies, hydralora, lora, lori, mole, olora
 from contextlora.config import TrainConfig
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
@@ -23,6 +23,7 @@ RIVALS: dict[str, Callable[[TaskGraph, Sequence[str]], Plan]] = {
     "mole-joint": mole.joint,
     "lori-d": lori.dense,
     "lori-s": lori.sparse,
+    "copies": copies.level_by_level,
 }
 LAYERS: dict[str, Callable[[int], Make]] = {  # of the rivals that need others than the graph's blocks, by seed
     "hydralora": hydralora.layers,
