@@ -7,11 +7,12 @@ import torch
 
 import tiny
 from contextlora.config import TrainConfig
-from contextlora.errors import ConfigError, DataError
+from contextlora.errors import ConfigError, DataError, RunError
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import adapted_layers, attached_state, gated_layers
 from contextlora.training import repair as module
+from contextlora.training.loop import Stage
 from contextlora.training.plan import count_trained, planned, prepare
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.repair import isolate_and_repair, users
@@ -179,26 +180,41 @@ def test_the_configured_share_is_poisoned(monkeypatch, tmp_path, words):
     ]
 
 
-def test_interrupted_it_starts_again_at_the_first_step(monkeypatch, tmp_path, words):
-    spied = Spied(monkeypatch, tmp_path, words, epochs=1)
-    real, calls = module.train, []
+@pytest.mark.parametrize("method", ["paper", "lora"])
+@pytest.mark.parametrize("at", [2, 9, 15])
+def test_stopped_anywhere_it_goes_on_to_the_same_end(monkeypatch, tmp_path, words, method, at):
+    """Stopped in step 0, 1 or 2, in a new process the same weights, answers and counts come out."""
+    how = {"method": method, "epochs": 1, "checkpoint_every": 1}
+    whole = Spied(monkeypatch, tmp_path / "whole", words, **how)
+    steps, end = whole.run(), everything(whole.model)
+    first, updates, real = Spied(monkeypatch, tmp_path / "cut", words, **how), [], Stage.update
 
-    def stops(*args, **more):
-        calls.append(1)
-        if len(calls) == 3:
+    def stops(self, number):
+        updates.append(1)
+        if len(updates) == at:
             raise KeyboardInterrupt
-        return real(*args, **more)
+        return real(self, number)
 
-    monkeypatch.setattr(module, "train", stops)
+    monkeypatch.setattr(Stage, "update", stops)
     with pytest.raises(KeyboardInterrupt):
-        spied.run()
-    assert not any(p.requires_grad for p in spied.model.parameters())
-    again = spied.run()
-    whole = Spied(monkeypatch, tmp_path / "whole", words, epochs=1).run()
-    assert [s.evaluation for s in again] == [s.evaluation for s in whole]
-    for s in again:
-        lines = (tmp_path / s.name / "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == len((tmp_path / "whole" / s.name / "metrics.jsonl").read_text().splitlines())
+        first.run()
+    monkeypatch.setattr(Stage, "update", real)
+    assert not any(p.requires_grad for p in first.model.parameters())
+    second = Spied(monkeypatch, tmp_path / "cut", words, **how)
+    again = second.run(resume=True)
+    assert len(second.trained) < len(whole.trained) or at == 2
+    same = ("name", "tasks", "evaluation", "updates", "samples", "parameters")
+    assert [[getattr(s, k) for k in same] for s in again] == [[getattr(s, k) for k in same] for s in steps]
+    assert all(torch.equal(end[k], t) for k, t in everything(second.model).items())
+
+
+def test_begun_anew_or_with_other_settings_it_takes_nothing_over(monkeypatch, tmp_path, words):
+    Spied(monkeypatch, tmp_path, words, epochs=1).run()
+    anew = Spied(monkeypatch, tmp_path, words, epochs=1)
+    steps = anew.run()
+    assert len(anew.trained) == len(steps)
+    with pytest.raises(RunError, match=r"E520 .*other settings"):
+        Spied(monkeypatch, tmp_path, words, epochs=1, lr=2e-2).run(resume=True)
 
 
 @pytest.mark.parametrize("method", ["o-lora", "mole", "lori-s"])

@@ -103,7 +103,7 @@ def _needs_blocks(job: Job) -> None:
 def repair(bench: Bench, job: Job) -> Measured:
     """Trains clean, trains with one task's answers shuffled, and repairs (ContextLoRA section VII-B).
 
-    Parts are the steps after the clean one, each with its costs. A job that is stopped begins again at its first step.
+    Parts are the steps after the clean one, each with its costs.
     """
     assert job.poisoned is not None
     with bench.opened(job) as o:
@@ -126,6 +126,7 @@ def repair(bench: Bench, job: Job) -> Measured:
             quiet=True,
             single=single,
             prefix=prefix,
+            resume=True,
             told=lambda step: bench.told(f"training, {step}"),
         )
     truth = {e.id: e for e in load_examples(o.folder, job.graph, split=bench.recipe.split)}

@@ -7,8 +7,10 @@ it goes on training on that task's clean answers, which may cost the other tasks
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,16 @@ from torch import Tensor, nn
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder
 from contextlora.data.noise import label_noise
+from contextlora.data.records import data_hash, load_examples
 from contextlora.errors import ConfigError
-from contextlora.evaluation.evaluate import Evaluation, evaluate
+from contextlora.evaluation.evaluate import Answers, Evaluation, evaluate
+from contextlora.evaluation.metrics import Accuracy, score
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import adapted_layers, detach, gated_layers
 from contextlora.lora.sharing import Plan
 from contextlora.models.inputs import ImageFeatures
-from contextlora.training.loop import train, training_examples
+from contextlora.training import checkpoint
+from contextlora.training.loop import run_id, train, training_examples
 from contextlora.training.plan import count_trained, planned, prepare
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
@@ -70,6 +75,7 @@ def isolate_and_repair(
     quiet: bool = False,
     single: int | None = None,
     prefix: FrozenPrefix | None = None,
+    resume: bool = False,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Step]:
     """Trains clean, trains with one task poisoned, and repairs; all tasks are measured after every step.
@@ -97,7 +103,7 @@ def isolate_and_repair(
         model: the frozen base model; blocks that it has are replaced, and it ends with those of the last step.
         processor, graph, data, features: as in `train`.
         split: what is measured.
-        out: a folder with one run's folder a step. Begun anew, everything starts again at step 0.
+        out: a folder with one run's folder a step.
         config: of every training; `label_noise` is the poisoned share of the task's answers, 0 means all. Prompts that
             name prerequisites' answers name the models' own when measured.
         task: whose answers are poisoned.
@@ -105,18 +111,20 @@ def isolate_and_repair(
         single: the batch size of "continued"; None takes the configuration's. A joint run whose batches hold all tasks
             has as many updates as a block only if its one task goes on in that block's batches.
         prefix: activations kept for trainings on clean answers, as in `train`; the poisoned one computes its own.
+        resume: take the steps that `out` holds whole, and go on within the one that was stopped; without, start.
         told: which step is begun.
 
     Raises:
         ConfigError: E104 for an unknown task, E121 for a method that has neither blocks nor a single run. DataError:
-            E209 for a task with free answers. Otherwise as `train`.
+            E209 for a task with free answers. RunError: E520 if `out` holds steps of other settings. Otherwise as
+            `train`.
     """
     clean = config.model_copy(update={"label_noise": 0.0, "noise_tasks": None})
     poison = config.model_copy(update={"label_noise": config.label_noise or 1.0, "noise_tasks": (task,)})
     label_noise([], graph, poison.label_noise, poison.seed, (task,))  # refuses the task before hours of training
     joint = _is_joint(planned(graph, None, config), config.method)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
-    bench = _Bench(model, processor, graph, Path(data), split, Path(out), reader, quiet, prefix, told)
+    bench = _Bench(model, processor, graph, Path(data), split, Path(out), reader, quiet, prefix, resume, told)
 
     steps = [bench.from_scratch("clean", clean)]
     kept = _weights(model) if joint else {}
@@ -165,6 +173,7 @@ class _Bench:
     reader: ImageFeatures
     quiet: bool
     prefix: FrozenPrefix | None
+    resume: bool
     told: Callable[[str], None]
 
     def from_scratch(self, name: str, config: TrainConfig) -> Step:
@@ -181,20 +190,28 @@ class _Bench:
         return self.step(name, tasks, config)
 
     def step(self, name: str, tasks: Sequence[str], config: TrainConfig) -> Step:
-        """Trains `tasks` from where the model is, then measures all."""
+        """Trains `tasks` from where the model is, then measures all; takes both from `out` if they are there."""
         self.told(name)
         plan = planned(self.graph, tasks, config)
         parameters = count_trained(self.model, plan)
-        folder = self.out / name
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that was interrupted
-        watch = _Counting(folder, quiet=self.quiet)
-        begun = time.perf_counter()
-        self._train(folder, tasks, config, watch)
-        seconds = time.perf_counter() - begun
-        result = self._measure(config)
-        return Step(name, tuple(tasks), result, watch.updates, self._seen(plan, config), seconds, parameters)
+        run = run_id(self.graph, plan, config, data_hash(self.data), self.model)
+        folder, done = self.out / name, self.out / name / "done"
+        if not self.resume:
+            checkpoint.clear(done)
+            (folder / "seconds").unlink(missing_ok=True)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        if kept := checkpoint.load_latest(done, run):
+            _restore(self.model, kept.tensors)
+            result = self._scored(kept.given)
+        else:
+            with _clock(folder / "seconds"):
+                self._train(folder, tasks, config)
+            result = self._measure(config)
+            checkpoint.save(done, checkpoint.Checkpoint(0, 0, run, _weights(self.model), result.answers))
+        seconds = float((folder / "seconds").read_text())
+        return Step(name, tuple(tasks), result, *self._seen(plan, config), seconds, parameters)
 
-    def _train(self, folder: Path, tasks: Iterable[str], config: TrainConfig, watch: Tracker) -> None:
+    def _train(self, folder: Path, tasks: Iterable[str], config: TrainConfig) -> None:
         train(
             self.model,
             self.processor,
@@ -203,8 +220,9 @@ class _Bench:
             out=folder,
             config=config,
             tasks=tasks,
+            resume=self.resume,
             features=self.reader,
-            tracker=watch,
+            tracker=Tracker(folder, quiet=self.quiet),
             prefix=None if config.label_noise else self.prefix,
         )
 
@@ -219,29 +237,43 @@ class _Bench:
             features=self.reader,
         )
 
-    def _seen(self, plan: Plan, config: TrainConfig) -> int:
-        """Training samples of a plan: an epoch shows each of a run's exactly once."""
+    def _scored(self, answers: dict[str, Answers]) -> Evaluation:
+        """The evaluation that gave these answers."""
+        truth = {e.id: e.answers for e in load_examples(self.data, self.graph, split=self.split)}
+        scores = {t: [score(a, truth[i][t]) for i, a in said.items()] for t, said in answers.items()}
+        return Evaluation({t: Accuracy.of(s) for t, s in scores.items()}, answers)
+
+    def _seen(self, plan: Plan, config: TrainConfig) -> tuple[int, int]:
+        """Updates, those of runs side by side counted each, and training samples, once for each epoch and phase."""
         examples = training_examples(self.data, self.graph, config)
-        return config.epochs * sum(t in e.answers for phase in plan.phases for t in phase.tasks for e in examples)
+        updates = samples = 0
+        for phase in plan.phases:
+            for run in phase.runs:
+                count = sum(t in e.answers for t in run for e in examples)
+                updates += math.ceil(count / (phase.batch_size(config.batch_size) * config.accumulate))
+                samples += count
+        return config.epochs * updates, config.epochs * samples
 
 
-class _Counting(Tracker):
-    """Counts updates."""
+@contextmanager
+def _clock(path: Path) -> Iterator[None]:
+    """Adds the seconds of the block, however it ends, to those in the file."""
+    before, began = float(path.read_text()) if path.is_file() else 0.0, time.perf_counter()
+    try:
+        yield
+    finally:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{before + time.perf_counter() - began}")
 
-    updates = 0
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        super().log(step, values)
-        self.updates += len(values["loss"])  # one for each run that had an update
-
-
-def _weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def _weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all that training may have changed."""
-    return {p: {n: t.clone() for n, t in layer.tensors().items()} for p, layer in adapted_layers(model).items()}
+    layers = adapted_layers(model).items()
+    return {f"{name}|{path}": t.clone() for path, layer in layers for name, t in layer.tensors().items()}
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, kept: dict[str, dict[str, Tensor]]) -> None:
+def _restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
     for path, layer in adapted_layers(model).items():
         for name, mine in layer.tensors().items():
-            mine.copy_(kept[path][name])
+            mine.copy_(kept[f"{name}|{path}"])
