@@ -57,6 +57,12 @@ class AdapterError(ContextLoRAError):
     family = "E3"
 
 
+class PlanError(ContextLoRAError):
+    """A fleet, profile or plan that cannot be used, or a fleet on which nothing fits (E4xx)."""
+
+    family = "E4"
+
+
 class RunError(ContextLoRAError):
     """A run that cannot start, go on or resume (E5xx)."""
 

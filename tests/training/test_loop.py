@@ -19,7 +19,8 @@ from contextlora.lora.sharing import Phase, along_graph
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import loop
 from contextlora.training.loop import Stage, training_examples
-from contextlora.training.plan import planned, stages
+from contextlora.lora.sharing import stages
+from contextlora.training.plan import planned
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
 from tiny import furthest

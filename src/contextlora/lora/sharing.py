@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from contextlora.config import TrainConfig
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
+
+if TYPE_CHECKING:  # planning a training on a device without torch comes by here
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,22 @@ def trainable_ranks(graph: TaskGraph, task: str, frozen_ratio: float | None = No
         raise ConfigError("E110", f"frozen_ratio is a share between 0 and 1, got {ratio}")
     partly = {p: round((1 - ratio) * graph.rank_of(p)) for p in graph.prerequisites(task)}
     return {p: n for p, n in {**partly, task: graph.rank_of(task)}.items() if n}
+
+
+def stages(graph: TaskGraph, tasks: Iterable[str], config: TrainConfig) -> list[list[str]]:
+    """The tasks that train together along the graph, stage after stage.
+
+    With `schedule: level` these are the levels S_1..S_L. With `sequential`, and in a level where delta > 0 lets two
+    tasks tune ranks of the same prerequisite, one task at a time in declared order (Algorithm 1).
+    """
+    wanted = set(tasks)
+    learns = along_graph(graph, config.frozen_ratio).learns
+    plan: list[list[str]] = []
+    for level in filter(None, ([t for t in level if t in wanted] for level in graph.levels())):
+        owners = [o for t in level for o in learns[t]]
+        together = config.schedule == "level" and len(owners) == len(set(owners))
+        plan += [level] if together else [[t] for t in level]
+    return plan
 
 
 @dataclass(frozen=True)

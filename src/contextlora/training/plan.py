@@ -11,7 +11,7 @@ from contextlora.config import TrainConfig
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make, attach, trainable_groups
-from contextlora.lora.sharing import Phase, Plan, along_graph
+from contextlora.lora.sharing import Phase, Plan, along_graph, stages
 
 RIVALS: dict[str, Callable[[TaskGraph, Sequence[str]], Plan]] = {
     "lora": lora.joint,
@@ -76,19 +76,3 @@ def count_trained(model: nn.Module, plan: Plan) -> int:
                 found[p.data_ptr()] = max(found.get(p.data_ptr(), 0), phase.share * p.numel())
     trainable_groups(model, [], plan.answering)
     return round(sum(found.values()))
-
-
-def stages(graph: TaskGraph, tasks: Iterable[str], config: TrainConfig) -> list[list[str]]:
-    """The tasks that train together along the graph, stage after stage.
-
-    With `schedule: level` these are the levels S_1..S_L. With `sequential`, and in a level where delta > 0 lets two
-    tasks tune ranks of the same prerequisite, one task at a time in declared order (Algorithm 1).
-    """
-    wanted = set(tasks)
-    learns = along_graph(graph, config.frozen_ratio).learns
-    plan: list[list[str]] = []
-    for level in filter(None, ([t for t in level if t in wanted] for level in graph.levels())):
-        owners = [o for t in level for o in learns[t]]
-        together = config.schedule == "level" and len(owners) == len(set(owners))
-        plan += [level] if together else [[t] for t in level]
-    return plan

@@ -1,0 +1,1 @@
+"""ContextGear: plan and run training along the task graph on a few unequal devices (SEMANTICS section 3)."""

@@ -1,0 +1,214 @@
+"""The plan: who trains which tasks with which layers, as plain data that planners write and every device reads.
+
+For every stage of the task graph, the tasks are divided among *groups* of devices that train independently (their blocks
+are disjoint: no gradient traffic between groups). A group is
+
+* trainers: one device ("single"), several with all layers each and the slices' gradients summed ("data"), or several
+  with a contiguous part of the layers each ("pipeline"); they hold the layers from `cut` on;
+* and, where `cut` > 0, someone for the frozen layers below it, which are forward-only: devices of their own that stream
+  ahead ("replicated": each holds all of them and takes whole micro-batches; "chain": each holds a part of them), or the
+  first trainer itself ("local"). With `cache`, what leaves `cut` is kept by the first trainer, and epochs after the
+  first begin there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from contextlora.errors import PlanError
+from contextlora.gear.fleet import Fleet, Name
+from contextlora.strict import Strict, validate
+
+FORMAT = 1
+Index = Annotated[int, Field(ge=0)]
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+class Part(Strict):
+    """A device and the units [start, stop) that it holds."""
+
+    device: Name
+    start: Index
+    stop: Index
+
+
+Parts = Annotated[tuple[Part, ...], Field(strict=False)]
+
+
+class Group(Strict):
+    """Devices that train some tasks of a stage together.
+
+    Attributes:
+        tasks: what they train, in mixed batches.
+        form: of the trainers.
+        trainers: in the order of the layers for a pipeline.
+        size: k, samples of a micro-batch.
+        ahead: who runs the units below `cut`.
+        prefix: those devices, for "replicated" and "chain".
+        cut: the boundary where frozen activations are handed over, at most the first unit with blocks; 0 for "none".
+        cache: whether activations at `cut` are kept for later epochs.
+    """
+
+    tasks: Names
+    form: Literal["single", "data", "pipeline"]
+    trainers: Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
+    size: Annotated[int, Field(ge=1)]
+    ahead: Literal["none", "local", "replicated", "chain"] = "none"
+    prefix: Parts = ()
+    cut: Index = 0
+    cache: bool = False
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All of them, the prefix's first."""
+        return tuple(p.device for p in (*self.prefix, *self.trainers))
+
+
+class DeviceUse(Strict):
+    """What a device has to do in a stage.
+
+    Attributes:
+        memory: bytes, at the worst moment.
+        busy: seconds of computing.
+        sent: bytes that it sends.
+    """
+
+    memory: float
+    busy: float
+    sent: float
+
+
+class Predicted(Strict):
+    """What a group is expected to take.
+
+    Attributes:
+        step: seconds of one full step, prefix running ahead.
+        cached_step: of one in a later epoch, where `cache` saves the prefix.
+        seconds: of the whole stage.
+        air: seconds that its transfers occupy a shared medium.
+        devices: by name.
+    """
+
+    step: float
+    cached_step: float
+    seconds: float
+    air: float
+    devices: dict[str, DeviceUse]
+
+
+class PlannedGroup(Strict):
+    """A group and what it should take."""
+
+    group: Group
+    predicted: Predicted
+
+
+class PlannedStage(Strict):
+    """The groups that work side by side, and the seconds until the last of them is done and slices are exchanged."""
+
+    groups: Annotated[tuple[PlannedGroup, ...], Field(strict=False, min_length=1)]
+    exchange: float
+    seconds: float
+
+
+class Plan(Strict):
+    """A whole training.
+
+    Attributes:
+        planner: who made it.
+        fleet, model: names, for people.
+        units: of the model.
+        stages: one after another.
+        seconds: of all of it.
+        synthetic: fleet or profile were estimated.
+    """
+
+    format: int = FORMAT
+    planner: str
+    fleet: str
+    model: str
+    units: int
+    stages: Annotated[tuple[PlannedStage, ...], Field(strict=False, min_length=1)]
+    seconds: float
+    synthetic: bool = False
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan. Raises PlanError E405 for a file that is none, ConfigError E103 for faults in it."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise PlanError("E405", f"no plan can be read: {e}", where=path) from None
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            text = f"a plan of format {data['format']!r}, and this version reads {FORMAT}; plan again"
+            raise PlanError("E405", text, where=path)
+        return validate(cls, data, path)
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def check_group(group: Group, units: int, lowest: int, fleet: Fleet) -> None:
+    """Raises PlanError E405 unless a group makes sense: every unit run once, on devices that exist, each used once."""
+    wrong = _wrong(group, units, lowest, fleet)
+    if wrong:
+        raise PlanError("E405", wrong, where=", ".join(group.tasks))
+
+
+def _wrong(g: Group, units: int, lowest: int, fleet: Fleet) -> str:
+    for name in g.devices:
+        if name not in fleet.devices:
+            return f"the fleet has no device '{name}'"
+    if len(set(g.devices)) < len(g.devices):
+        return "a device is used twice"
+    if g.cut > lowest:
+        return f"the prefix ends at unit {g.cut}, and blocks begin at {lowest}"
+    if (g.ahead == "none") != (g.cut == 0) or (g.ahead in ("replicated", "chain")) != bool(g.prefix):
+        return f"ahead: {g.ahead} does not go with cut {g.cut} and {len(g.prefix)} devices for it"
+    if (g.form == "single") != (len(g.trainers) == 1):
+        return f"form '{g.form}' with {len(g.trainers)} trainers"
+    if g.cache and (g.form == "data" or g.ahead == "none"):
+        return "a cache needs a prefix and one first trainer"
+    own = g.cut if g.prefix else 0  # where the trainers begin
+    spans = [(p.start, p.stop) for p in g.trainers]
+    if g.form == "data":
+        if any(s != (own, units) for s in spans):
+            return "with `data` every trainer holds all units above the prefix"
+    elif not _contiguous(spans, own, units):
+        return f"trainers' units {spans} do not run from {own} to {units}"
+    if g.ahead == "local" and g.trainers[0].stop < g.cut:
+        return "a local prefix ends within the first trainer"
+    ahead = [(p.start, p.stop) for p in g.prefix]
+    if g.ahead == "replicated" and any(s != (0, g.cut) for s in ahead):
+        return "a replicated prefix holds units 0 to its cut on every device"
+    if g.ahead == "chain" and not _contiguous(ahead, 0, g.cut):
+        return f"the prefix's units {ahead} do not run from 0 to {g.cut}"
+    return ""
+
+
+def _contiguous(spans: Sequence[tuple[int, int]], start: int, stop: int) -> bool:
+    ends = [start, *(b for _, b in spans)]
+    return [a for a, _ in spans] == ends[:-1] and ends[-1] == stop and all(a < b for a, b in spans)
+
+
+def deal(count: int, seconds: Sequence[float]) -> list[int]:
+    """Deals `count` equal pieces to workers that take `seconds` each, so that the last is done soonest.
+
+    One piece after another to whoever would finish it first, which is optimal for equal pieces; ties go to the earlier
+    worker, so that every device deals alike.
+    """
+    dealt = [0] * len(seconds)
+    heap = [(t, i) for i, t in enumerate(seconds)]
+    heapq.heapify(heap)
+    for _ in range(count):
+        _, i = heap[0]
+        dealt[i] += 1
+        heapq.heapreplace(heap, (seconds[i] * (dealt[i] + 1), i))
+    return dealt
