@@ -15,11 +15,10 @@ from contextlora.data.records import load_examples
 from contextlora.errors import ConfigError, DataError, RunError
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.attach import attach, attached_state, gated_layers, trainable_groups
-from contextlora.lora.sharing import Phase, along_graph
+from contextlora.lora.sharing import Phase, along_graph, stages
 from contextlora.models.inputs import ImageFeatures, answer_nll
 from contextlora.training import loop
 from contextlora.training.loop import Stage, training_examples
-from contextlora.lora.sharing import stages
 from contextlora.training.plan import planned
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker

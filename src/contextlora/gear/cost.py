@@ -11,6 +11,7 @@ without adding to it. ContextLoRA eqs. 9 and 10 are the stage sums here; its eq.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,12 +192,10 @@ def _ring(p: Problem, devices: Sequence[str], size: float) -> tuple[float, float
     return rounds * sum(hops), rounds * (each + late)
 
 
-def _pipeline(
-    p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, float], sent: dict[str, float]
-) -> _Share:
+def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
     """fill + (M - 1) bottleneck; one device is a pipeline of one stage without hops."""
     k, skipped = g.size, 0.0
-    if g.ahead == "local" and g.cache:  # cached micro-batches begin above the prefix
+    if g.ahead == "local":  # cached micro-batches begin above the prefix
         skipped = p.forward(g.trainers[0].device, 0, g.cut, k) * (1 - fresh / micro)
     stages = [_compute(p, t, g) for t in g.trainers]
     stages[0] -= skipped
@@ -217,28 +216,17 @@ def _pipeline(
 
 
 def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
-    """Seconds of the prefix's devices for `fresh` micro-batches, and of the first one until it arrives."""
+    """Seconds of the prefix's devices for `fresh` micro-batches dealt by speed, and of the first until it arrives."""
     k, to = g.size, g.trainers[0].device
-    each = [p.forward(part.device, part.start, part.stop, k) for part in g.prefix]
-    size = p.cut(k)
-    if g.ahead == "replicated":
-        dealt = deal(fresh, each)
-        hops = [p.fleet.airtime(part.device, to, size) for part in g.prefix]
-        for part, count, seconds in zip(g.prefix, dealt, each, strict=True):
-            busy[part.device] += count * seconds
-            sent[part.device] += count * size
-        air = sum(c * h for c, h in zip(dealt, hops, strict=True))
-        link = max(c * max(s, h) for c, s, h in zip(dealt, each, hops, strict=True))
-        fill = min(s + h + p.fleet.delay(part.device, to) for part, s, h in zip(g.prefix, each, hops, strict=True))
-        return _Share(max(link, air) if p.fleet.shared else link, air, fill)
-    names = [*(part.device for part in g.prefix), to]
-    hops = [p.fleet.airtime(a, b, size) for a, b in zip(names, names[1:], strict=False)]
-    for part, seconds in zip(g.prefix, each, strict=True):
-        busy[part.device] += fresh * seconds
-        sent[part.device] += fresh * size
-    slowest = max(max(each), sum(hops) if p.fleet.shared else max(hops))
-    late = sum(p.fleet.delay(a, b) for a, b in zip(names, names[1:], strict=False))
-    return _Share(fresh * slowest, fresh * sum(hops), sum(each) + sum(hops) + late)
+    each = [p.forward(part.device, 0, g.cut, k) for part in g.prefix]
+    hops = [p.fleet.airtime(part.device, to, p.cut(k)) for part in g.prefix]
+    dealt = deal(fresh, [max(s, h) for s, h in zip(each, hops, strict=True)])
+    for part, count, seconds in zip(g.prefix, dealt, each, strict=True):
+        busy[part.device] += count * seconds
+        sent[part.device] += count * p.cut(k)
+    slowest = max(c * max(s, h) for c, s, h in zip(dealt, each, hops, strict=True))
+    first = min(s + h + p.fleet.delay(part.device, to) for part, s, h in zip(g.prefix, each, hops, strict=True))
+    return _Share(slowest, sum(c * h for c, h in zip(dealt, hops, strict=True)), first)
 
 
 # --- a group's stage -------------------------------------------------------------------------------------------------
@@ -294,7 +282,7 @@ def exchange(problem: Problem, tasks: Iterable[str]) -> float:
     """Seconds to give the slices trained in a stage to every other device, so that any of them may go on from there."""
     names = list(problem.fleet.devices)
     size = problem.slice_bytes(tasks)
-    pairs = list(zip(names, names[1:], strict=False))  # handed on from one to the next
+    pairs = list(itertools.pairwise(names))  # handed on from one to the next
     hops = [problem.fleet.airtime(a, b, size) for a, b in pairs]
     late = sum(problem.fleet.delay(a, b) for a, b in pairs)
     return (sum(hops) if problem.fleet.shared else max(hops, default=0.0)) + late

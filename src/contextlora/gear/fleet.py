@@ -7,7 +7,7 @@ fleet.yaml (strict; unknown keys are errors with a suggestion):
       desk: {memory: 16 GB}                             # as fast as the profile was measured
       nano: {memory: 4 GB, speed: 0.3}                  # times are divided by `speed`
       orin: {memory: 8 GB, profile: orin.json}          # or measured on the device itself
-    medium: {rate: 100 Mbit/s, delay: 2 ms, relay: true}     # one air for all; every byte crosses it twice by way of an AP
+    medium: {rate: 100 Mbit/s, delay: 2 ms, relay: true}   # one air for all; by way of an AP bytes cross it twice
 
 or, instead of `medium`, dedicated full-duplex links:
 

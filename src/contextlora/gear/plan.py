@@ -1,14 +1,15 @@
 """The plan: who trains which tasks with which layers, as plain data that planners write and every device reads.
 
-For every stage of the task graph, the tasks are divided among *groups* of devices that train independently (their blocks
-are disjoint: no gradient traffic between groups). A group is
+For every stage of the task graph, the tasks are divided among *groups* of devices that train independently (their
+blocks are disjoint: no gradient traffic between groups). A group is
 
 * trainers: one device ("single"), several with all layers each and the slices' gradients summed ("data"), or several
   with a contiguous part of the layers each ("pipeline"); they hold the layers from `cut` on;
 * and, where `cut` > 0, someone for the frozen layers below it, which are forward-only: devices of their own that stream
-  ahead ("replicated": each holds all of them and takes whole micro-batches; "chain": each holds a part of them), or the
-  first trainer itself ("local"). With `cache`, what leaves `cut` is kept by the first trainer, and epochs after the
-  first begin there.
+  ahead ("streamed": each holds all of those layers and takes whole micro-batches), or the first trainer itself
+  ("local"). With `cache`, what leaves `cut` is kept by the first trainer, and epochs after the first begin there.
+
+A prefix too large for one device is no prefix of its own: it is the first stages of a pipeline.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Group(Strict):
         trainers: in the order of the layers for a pipeline.
         size: k, samples of a micro-batch.
         ahead: who runs the units below `cut`.
-        prefix: those devices, for "replicated" and "chain".
+        prefix: those devices, for "streamed".
         cut: the boundary where frozen activations are handed over, at most the first unit with blocks; 0 for "none".
         cache: whether activations at `cut` are kept for later epochs.
     """
@@ -59,7 +60,7 @@ class Group(Strict):
     form: Literal["single", "data", "pipeline"]
     trainers: Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
     size: Annotated[int, Field(ge=1)]
-    ahead: Literal["none", "local", "replicated", "chain"] = "none"
+    ahead: Literal["none", "local", "streamed"] = "none"
     prefix: Parts = ()
     cut: Index = 0
     cache: bool = False
@@ -170,12 +171,14 @@ def _wrong(g: Group, units: int, lowest: int, fleet: Fleet) -> str:
         return "a device is used twice"
     if g.cut > lowest:
         return f"the prefix ends at unit {g.cut}, and blocks begin at {lowest}"
-    if (g.ahead == "none") != (g.cut == 0) or (g.ahead in ("replicated", "chain")) != bool(g.prefix):
+    if (g.ahead == "none") != (g.cut == 0) or (g.ahead == "streamed") != bool(g.prefix):
         return f"ahead: {g.ahead} does not go with cut {g.cut} and {len(g.prefix)} devices for it"
     if (g.form == "single") != (len(g.trainers) == 1):
         return f"form '{g.form}' with {len(g.trainers)} trainers"
     if g.cache and (g.form == "data" or g.ahead == "none"):
         return "a cache needs a prefix and one first trainer"
+    if g.ahead == "local" and not g.cache:
+        return "a local prefix without a cache is none"
     own = g.cut if g.prefix else 0  # where the trainers begin
     spans = [(p.start, p.stop) for p in g.trainers]
     if g.form == "data":
@@ -185,11 +188,8 @@ def _wrong(g: Group, units: int, lowest: int, fleet: Fleet) -> str:
         return f"trainers' units {spans} do not run from {own} to {units}"
     if g.ahead == "local" and g.trainers[0].stop < g.cut:
         return "a local prefix ends within the first trainer"
-    ahead = [(p.start, p.stop) for p in g.prefix]
-    if g.ahead == "replicated" and any(s != (0, g.cut) for s in ahead):
-        return "a replicated prefix holds units 0 to its cut on every device"
-    if g.ahead == "chain" and not _contiguous(ahead, 0, g.cut):
-        return f"the prefix's units {ahead} do not run from 0 to {g.cut}"
+    if any((p.start, p.stop) != (0, g.cut) for p in g.prefix):
+        return "a streamed prefix holds units 0 to its cut on every device"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Work:
         marks = sorted({0, *first, *(n * self.epochs for n in first)})
         return [
             (b - a, sum(n * self.epochs > a for n in first), sum(n > a for n in first))
-            for a, b in zip(marks, marks[1:], strict=False)
+            for a, b in itertools.pairwise(marks)
         ]
 
 
