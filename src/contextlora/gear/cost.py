@@ -116,7 +116,12 @@ def _sums(profile: Profile, speed: float, work: Work, k: int) -> tuple[Any, Any]
     back = profile.seconds("input_grad", k).copy()
     back[work.lowest : work.highest + 1] += profile.seconds("weight_grad", k)[work.lowest : work.highest + 1]
     back[: work.lowest] = 0
-    return tuple(np.concatenate([[0.0], np.cumsum(x)]) / speed for x in (profile.seconds("forward", k), back))
+    forward = profile.seconds("forward", k)
+    return _running(forward) / speed, _running(back) / speed
+
+
+def _running(values: Any) -> Any:
+    return np.concatenate([[0.0], np.cumsum(values)])
 
 
 # --- a group's step --------------------------------------------------------------------------------------------------
