@@ -370,6 +370,55 @@ def drop(
 
 
 @app.command()
+def plan(
+    config: Config,
+    fleet: Annotated[str | None, typer.Option(help="A fleet's YAML, or a shipped one's name.")] = None,
+    costs: Annotated[str | None, typer.Option(help="A profile's JSON, or a shipped one's name.")] = None,
+    planner: Annotated[str, typer.Option(help="exact, or the paper's algorithm2.")] = "exact",
+    sizes: Annotated[str, typer.Option(help="Micro-batch sizes to consider.")] = "1,2,4,8",
+    samples: Annotated[int | None, typer.Option(min=1, help="Of each task, instead of counting the data's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the plan goes (JSON).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where its timeline goes (SVG or PNG).")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Do not plan: measure the model on this machine, and write this profile.")
+    ] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Plan the training on several devices, or measure what it costs on this one.
+
+    First --profile costs.json on every kind of device, then --fleet fleet.yaml --costs costs.json on any one of them.
+    """
+    run = _load(config, overrides)
+    if profile is not None:
+        from contextlora.gear.measure import measure_run
+
+        measured = measure_run(run, _numbers(sizes, "--sizes"), say=lambda what: None if as_json else _say(what))
+        measured.save(profile)
+        each = sum(u.forward[0] + u.input_grad[0] + u.weight_grad[0] for u in measured.units)
+        _out(as_json, measured.model_dump(mode="json"), f"wrote {profile}: {each:.3g} s a sample, all layers")
+        return
+    if fleet is None or costs is None:
+        raise ConfigError("E108", "planning wants --fleet and --costs; measuring wants --profile", where="plan")
+    from contextlora.gear.planning import load_fleet, load_profile, make_plan, problem_of, rows
+
+    problem = problem_of(run, load_fleet(fleet), load_profile(costs), samples)
+    made = make_plan(problem, planner, _numbers(sizes, "--sizes"))
+    if out is not None:
+        made.save(out)
+    if picture is not None:
+        from contextlora.gear.picture import save_timeline
+
+        save_timeline(problem, made, picture)
+    if as_json:
+        _out(True, made.model_dump(mode="json"), "")
+        return
+    _table(f"{made.fleet}, {made.model}, by {made.planner}", rows(problem, made))
+    note = " (synthetic: speeds are estimates)" if made.synthetic else ""
+    typer.echo(f"{made.seconds:.4g} s in all, predicted{note}")
+
+
+@app.command()
 def report(
     what: Annotated[str, typer.Argument(help="A run's folder, a recipe's name (accuracy, ...), or a recipe's YAML.")],
     preset: Annotated[str, typer.Option(help="Of a recipe: smoke (seconds), laptop or gpu.")] = "laptop",
@@ -464,6 +513,17 @@ def _names(tasks: str | None) -> list[str] | None:
         if not name or any(c.isspace() for c in name):
             raise ConfigError("E105", f"'{name}' is no task name; separate names by commas: a,b", where="tasks")
     return names
+
+
+def _numbers(text: str, where: str) -> list[int]:
+    """Whole numbers between commas. Raises ConfigError E108."""
+    try:
+        found = [int(x) for x in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ConfigError("E108", f"'{text}' should be whole numbers between commas, e.g. 1,2,4", where=where)
+    return sorted(set(found))
 
 
 def _changed(as_json: bool, folder: Path, adapter: Any) -> None:

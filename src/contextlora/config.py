@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,20 @@ Method = Literal[
     "lori-s",
     "copies",
 ]
+
+
+def select_layers(layers: str, count: int) -> range:
+    """Parses `layers` for a stack of `count` decoder layers: "all", "top 1/3", "bottom 1/2" or "20-29"."""
+    if layers == "all":
+        return range(count)
+    if m := re.fullmatch(r"(top|bottom) (\d+)/(\d+)", layers):
+        share = Fraction(int(m[2]), int(m[3])) if int(m[3]) else Fraction(0)
+        if 0 < share <= 1:
+            n = max(1, round(share * count))
+            return range(count - n, count) if m[1] == "top" else range(n)
+    if (m := re.fullmatch(r"(\d+)-(\d+)", layers)) and int(m[1]) <= int(m[2]) < count:
+        return range(int(m[1]), int(m[2]) + 1)
+    raise ConfigError("E111", f"layers '{layers}': use 'all', 'top 1/3', 'bottom 1/2' or 'first-last' below {count}")
 
 
 class AlignConfig(Strict):

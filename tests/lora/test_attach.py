@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from contextlora.config import select_layers
 from contextlora.errors import AdapterError, ConfigError, RunError
 from contextlora.lora.attach import (
     attach,
@@ -16,7 +17,6 @@ from contextlora.lora.attach import (
     detached,
     gated_layers,
     graph_of,
-    select_layers,
     trainable_groups,
     trainable_parameters,
 )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fractions import Fraction
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from contextlora.errors import AdapterError, ConfigError, RunError, did_you_mean
+from contextlora.config import select_layers
+from contextlora.errors import AdapterError, RunError, did_you_mean
 from contextlora.graph import TaskGraph
 from contextlora.lora.gates import GateState, carry_gate_into_recompute
 from contextlora.lora.layer import AdaptedLinear, GatedLinear
@@ -219,20 +218,6 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and module is stack:
             return path, module
     raise AdapterError("E302", f"{type(model).__name__}: no decoder with a list of layers found")
-
-
-def select_layers(layers: str, count: int) -> range:
-    """Parses `layers` for a stack of `count` decoder layers: "all", "top 1/3", "bottom 1/2" or "20-29"."""
-    if layers == "all":
-        return range(count)
-    if m := re.fullmatch(r"(top|bottom) (\d+)/(\d+)", layers):
-        share = Fraction(int(m[2]), int(m[3])) if int(m[3]) else Fraction(0)
-        if 0 < share <= 1:
-            n = max(1, round(share * count))
-            return range(count - n, count) if m[1] == "top" else range(n)
-    if (m := re.fullmatch(r"(\d+)-(\d+)", layers)) and int(m[1]) <= int(m[2]) < count:
-        return range(int(m[1]), int(m[2]) + 1)
-    raise ConfigError("E111", f"layers '{layers}': use 'all', 'top 1/3', 'bottom 1/2' or 'first-last' below {count}")
 
 
 def is_linear(module: nn.Module) -> bool:
