@@ -1,0 +1,46 @@
+"""Random groups of every form on small random problems."""
+
+from __future__ import annotations
+
+import random
+
+import small
+
+from contextlora.gear.plan import Group, Part, check_group
+
+
+def parts(*spans):
+    return tuple(Part(device=d, start=a, stop=b) for d, a, b in spans)
+
+
+def group(form, *trainers, size=2, tasks=("t0", "t1"), prefix=(), **more):
+    """A group from (device, start, stop) tuples."""
+    return Group(tasks=tasks, form=form, trainers=parts(*trainers), size=size, prefix=parts(*prefix), **more)
+
+
+def draw(seed):
+    """A problem and a valid group on some of its devices."""
+    r = random.Random(seed)
+    devices, units = r.randint(1, 5), r.randint(5, 9)
+    p = small.problem(
+        devices, units, tasks=r.randint(1, 3), lowest=r.randint(1, 3), seed=seed, shared=r.random() < 0.5
+    )
+    names = list(p.fleet.devices)
+    r.shuffle(names)
+    ahead, prefix, cut = "none", (), 0
+    if devices > 1 and r.random() < 0.4:
+        cut, count = r.randint(1, p.work.lowest), r.randint(1, devices - 1)
+        ahead, prefix, names = "streamed", tuple((d, 0, cut) for d in names[:count]), names[count:]
+    form = r.choice(["single", "data", "pipeline"]) if len(names) > 1 else "single"
+    names = names[: 1 if form == "single" else r.randint(2, min(4, len(names)))]
+    spans = [(d, cut, units) for d in names]
+    if form == "pipeline":
+        inner = sorted(r.sample(range(cut + 1, units), len(names) - 1))
+        spans = list(zip(names, [cut, *inner], [*inner, units], strict=True))
+    cache = form != "data" and ahead == "streamed" and r.random() < 0.5
+    if ahead == "none" and form != "data" and r.random() < 0.3 and spans[0][2] >= p.work.lowest:
+        ahead, cut, cache = "local", p.work.lowest, True
+    tasks = tuple(p.loads)
+    g = group(form, *spans, size=r.choice([1, 2, 3]), tasks=tasks, prefix=prefix, ahead=ahead, cut=cut, cache=cache)
+    check_group(g, units, p.work.lowest, p.fleet)
+    return p, g
