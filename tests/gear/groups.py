@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import small
@@ -18,29 +19,34 @@ def group(form, *trainers, size=2, tasks=("t0", "t1"), prefix=(), **more):
     return Group(tasks=tasks, form=form, trainers=parts(*trainers), size=size, prefix=parts(*prefix), **more)
 
 
-def draw(seed):
-    """A problem and a valid group on some of its devices."""
+def with_cut(problem, size):
+    """The same problem with other bytes a sample at every boundary."""
+    other = problem.any_profile.model_copy(update={"cut": size})
+    return dataclasses.replace(problem, profiles=dict.fromkeys(problem.profiles, other))
+
+
+def draw(seed, cut=1e6):
+    """A problem and a valid group on some of its devices; `cut` bytes a sample cross a boundary."""
     r = random.Random(seed)
     devices, units = r.randint(1, 5), r.randint(5, 9)
-    p = small.problem(
-        devices, units, tasks=r.randint(1, 3), lowest=r.randint(1, 3), seed=seed, shared=r.random() < 0.5
-    )
+    p = small.problem(devices, units, tasks=r.randint(1, 3), lowest=r.randint(1, 3), seed=seed, shared=r.random() < 0.5)
+    p = with_cut(p, cut)
     names = list(p.fleet.devices)
     r.shuffle(names)
-    ahead, prefix, cut = "none", (), 0
+    ahead, prefix, low = "none", (), 0
     if devices > 1 and r.random() < 0.4:
-        cut, count = r.randint(1, p.work.lowest), r.randint(1, devices - 1)
-        ahead, prefix, names = "streamed", tuple((d, 0, cut) for d in names[:count]), names[count:]
+        low, count = r.randint(1, p.work.lowest), r.randint(1, devices - 1)
+        ahead, prefix, names = "streamed", tuple((d, 0, low) for d in names[:count]), names[count:]
     form = r.choice(["single", "data", "pipeline"]) if len(names) > 1 else "single"
     names = names[: 1 if form == "single" else r.randint(2, min(4, len(names)))]
-    spans = [(d, cut, units) for d in names]
+    spans = [(d, low, units) for d in names]
     if form == "pipeline":
-        inner = sorted(r.sample(range(cut + 1, units), len(names) - 1))
-        spans = list(zip(names, [cut, *inner], [*inner, units], strict=True))
+        inner = sorted(r.sample(range(low + 1, units), len(names) - 1))
+        spans = list(zip(names, [low, *inner], [*inner, units], strict=True))
     cache = form != "data" and ahead == "streamed" and r.random() < 0.5
     if ahead == "none" and form != "data" and r.random() < 0.3 and spans[0][2] >= p.work.lowest:
-        ahead, cut, cache = "local", p.work.lowest, True
+        ahead, low, cache = "local", p.work.lowest, True
     tasks = tuple(p.loads)
-    g = group(form, *spans, size=r.choice([1, 2, 3]), tasks=tasks, prefix=prefix, ahead=ahead, cut=cut, cache=cache)
+    g = group(form, *spans, size=r.choice([1, 2, 3]), tasks=tasks, prefix=prefix, ahead=ahead, cut=low, cache=cache)
     check_group(g, units, p.work.lowest, p.fleet)
     return p, g

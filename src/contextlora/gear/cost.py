@@ -116,12 +116,9 @@ def _sums(profile: Profile, speed: float, work: Work, k: int) -> tuple[Any, Any]
     back = profile.seconds("input_grad", k).copy()
     back[work.lowest : work.highest + 1] += profile.seconds("weight_grad", k)[work.lowest : work.highest + 1]
     back[: work.lowest] = 0
-    forward = profile.seconds("forward", k)
-    return _running(forward) / speed, _running(back) / speed
-
-
-def _running(values: Any) -> Any:
-    return np.concatenate([[0.0], np.cumsum(values)])
+    both = (profile.seconds("forward", k), back)
+    forward, backward = (np.concatenate([[0.0], np.cumsum(seconds)]) / speed for seconds in both)
+    return forward, backward
 
 
 # --- a group's step --------------------------------------------------------------------------------------------------
@@ -171,7 +168,7 @@ class _Share:
 
 def _data(p: Problem, g: Group, micro: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
     """Micro-batches dealt by speed, then the slices' gradients summed: each goes once around a ring and back."""
-    each = [_compute(p, t, g) for t in g.trainers]
+    each = [there_and_back(p, t, g) for t in g.trainers]
     dealt = deal(micro, each)
     n, size = len(g.trainers), p.slice_bytes(g.tasks)
     for t, count, seconds in zip(g.trainers, dealt, each, strict=True):
@@ -181,10 +178,10 @@ def _data(p: Problem, g: Group, micro: int, busy: dict[str, float], sent: dict[s
     return _Share(max(c * s for c, s in zip(dealt, each, strict=True)) + seconds, air)
 
 
-def _compute(p: Problem, part: Part, g: Group) -> float:
-    return p.forward(part.device, part.start, part.stop, g.size) + p.backward(
-        part.device, part.start, part.stop, g.size
-    )
+def there_and_back(p: Problem, part: Part, g: Group) -> float:
+    """Seconds of forward and backward of one micro-batch."""
+    where = part.device, part.start, part.stop, g.size
+    return p.forward(*where) + p.backward(*where)
 
 
 def _ring(p: Problem, devices: Sequence[str], size: float) -> tuple[float, float]:
@@ -202,7 +199,7 @@ def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, floa
     k, skipped = g.size, 0.0
     if g.ahead == "local":  # cached micro-batches begin above the prefix
         skipped = p.forward(g.trainers[0].device, 0, g.cut, k) * (1 - fresh / micro)
-    stages = [_compute(p, t, g) for t in g.trainers]
+    stages = [there_and_back(p, t, g) for t in g.trainers]
     stages[0] -= skipped
     fill, air, slowest_hop = sum(stages), 0.0, 0.0
     for t, seconds in zip(g.trainers, stages, strict=True):
@@ -225,13 +222,23 @@ def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict
     k, to = g.size, g.trainers[0].device
     each = [p.forward(part.device, 0, g.cut, k) for part in g.prefix]
     hops = [p.fleet.airtime(part.device, to, p.cut(k)) for part in g.prefix]
-    dealt = deal(fresh, [max(s, h) for s, h in zip(each, hops, strict=True)])
+    paces = [pace(p, g, part, fresh) for part in g.prefix]
+    dealt = deal(fresh, paces)
     for part, count, seconds in zip(g.prefix, dealt, each, strict=True):
         busy[part.device] += count * seconds
         sent[part.device] += count * p.cut(k)
-    slowest = max(c * max(s, h) for c, s, h in zip(dealt, each, hops, strict=True))
+    slowest = max(c * s for c, s in zip(dealt, paces, strict=True))
     first = min(s + h + p.fleet.delay(part.device, to) for part, s, h in zip(g.prefix, each, hops, strict=True))
     return _Share(slowest, sum(c * h for c, h in zip(dealt, hops, strict=True)), first)
+
+
+def pace(p: Problem, g: Group, part: Part, micro: int) -> float:
+    """Seconds from one micro-batch of a prefix's device to its next: it computes one while another is on its way."""
+    to = g.trainers if g.form == "data" else g.trainers[:1]
+    dealt = deal(micro, [there_and_back(p, t, g) for t in to])
+    seconds, size = p.forward(part.device, 0, g.cut, g.size), p.cut(g.size)
+    slower = [max(seconds, p.fleet.airtime(part.device, t.device, size)) for t in to]
+    return sum(c * s for c, s in zip(dealt, slower, strict=True)) / max(1, micro)
 
 
 # --- a group's stage -------------------------------------------------------------------------------------------------
