@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from contextlora.gear import cost
 from contextlora.gear.clock import Clock, Flag, Process
 from contextlora.gear.cost import QUEUE, Problem
-from contextlora.gear.fleet import Fleet
 from contextlora.gear.plan import Group, Plan, PlannedStage
 from contextlora.gear.schedule import COMPUTE, Kind, Op, Schedule, schedule
 
@@ -201,7 +200,7 @@ class _World:
         group, step, kind, micro, a, b = key
         yield t.offered
         yield t.asked
-        place = _place(self.fleet, a, b)
+        place = MEDIUM if self.fleet.shared else f"{a} > {b}"
         start = max(self.clock.now, self._free[place])
         self._free[place] = end = start + self.fleet.airtime(a, b, size)
         yield end
@@ -210,10 +209,6 @@ class _World:
         t.gone.rise()
         yield end + self.fleet.delay(a, b)
         t.arrived.rise()
-
-
-def _place(fleet: Fleet, a: str, b: str) -> str:
-    return MEDIUM if fleet.shared else f"{a} > {b}"
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------
@@ -240,6 +235,7 @@ class _Running:
         return self.index, step, kind, op.micro, op.peer, name
 
     def _device(self, name: str) -> Process:
+        """Plays one device's list, step after step."""
         ops, world = self.plan.ops[name], self.world
         trains = any(p.device == name for p in self.plan.group.trainers)
         only_forward = not any(op.kind is Kind.BACKWARD for op in ops)
