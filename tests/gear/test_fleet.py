@@ -57,8 +57,8 @@ def test_a_fleet_that_cannot_be_is_refused(change, said):
         Fleet.from_dict({"devices": TWO, "medium": WIFI, **change}, "fleet.yaml")
 
 
-@given(st.floats(1, 8), st.integers(1, 40))
-def test_times_between_measured_batches_lie_between_them(_, k):
+@given(st.integers(1, 40))
+def test_times_between_measured_batches_lie_between_them(k):
     p = small.profile()
     seconds = p.seconds("forward", k)
     table = np.array([u.forward for u in p.units])
@@ -84,9 +84,9 @@ def test_profiles_survive_a_file_and_others_are_refused(tmp_path: Path):
         with pytest.raises((PlanError, ConfigError), match=said):
             Profile.load(path)
     path.write_text("{")
-    with pytest.raises(PlanError, match="E403 .*no profile can be read"):
+    with pytest.raises(PlanError, match=r"E403 .*no profile can be read"):
         Profile.load(path)
-    with pytest.raises(PlanError, match="E407 no profile 'lava-7b'. Did you mean 'llava-7b'"):
+    with pytest.raises(PlanError, match=r"E407 no profile 'lava-7b'\. Did you mean 'llava-7b'"):
         load_profile("lava-7b")
 
 
@@ -112,9 +112,9 @@ def test_work_follows_the_graph():
     assert w.intervals(w.stages[0]) == [(3, 2, 2), (2, 2, 1), (4, 2, 0), (6, 1, 0)]
     tuned = work_of(graph, TrainConfig(frozen_ratio=0.5), samples, 8, range(2, 6))
     assert [t.ranks for s in tuned.stages for t in s] == [8, 8, 8]
-    with pytest.raises(PlanError, match="E404 task 'b' has no training sample"):
+    with pytest.raises(PlanError, match=r"E404 task 'b' has no training sample"):
         work_of(graph, TrainConfig(), {"a": 1, "c": 1}, 8, range(6))
-    with pytest.raises(PlanError, match="E404 blocks on layers 2 to 6 of a model with 6"):
+    with pytest.raises(PlanError, match=r"E404 blocks on layers 2 to 6 of a model with 6"):
         work_of(graph, TrainConfig(), samples, 8, range(2, 7))
 
 

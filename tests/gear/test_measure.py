@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from contextlora.errors import PlanError
 from contextlora.gear.measure import measure
 from contextlora.lora.attach import adapted_layers, attach, attached_state
-from contextlora.models.inputs import ImageFeatures
 
 
 def test_units_are_the_models():

@@ -12,7 +12,7 @@ from contextlora.data.collate import Encoder, collate
 from contextlora.data.images import open_image
 from contextlora.data.records import load_examples
 from contextlora.models.inputs import FEATURES, ImageFeatures, answer_nll, logits_at
-from contextlora.training.loop import _samples, training_examples
+from contextlora.training.loop import task_samples, training_examples
 
 SEEING = [tiny.llava, tiny.idefics3, tiny.qwen25vl]
 every_seeing = pytest.mark.parametrize("family", SEEING, ids=lambda f: f.__name__)
@@ -35,7 +35,7 @@ def counted(reader):
 
 
 def samples_of(reader, data, task="weather"):
-    return _samples(reader, training_examples(data, tiny.graph(), TrainConfig()), task, "none", {})
+    return task_samples(reader, training_examples(data, tiny.graph(), TrainConfig()), task, "none", {})
 
 
 @every_seeing

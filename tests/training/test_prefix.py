@@ -10,7 +10,7 @@ from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.lora.attach import decoder_layers, detach
 from contextlora.models.inputs import ImageFeatures, answer_nll
-from contextlora.training.loop import _samples, known_samples, train, training_examples
+from contextlora.training.loop import task_samples, known_samples, train, training_examples
 from contextlora.training.plan import prepare
 from contextlora.training.prefix import GROUP, FrozenPrefix
 from tiny import furthest
@@ -25,7 +25,7 @@ def prepared(runs, data, family=tiny.llama, *, layers="top 1/3", budget=2**30, d
     reader = ImageFeatures(model, Encoder(processor, g))
     examples = training_examples(data, g, TrainConfig())
     prefix = FrozenPrefix(reader, budget)
-    samples = [_samples(reader, examples, t, "none", {}) for t in tasks]
+    samples = [task_samples(reader, examples, t, "none", {}) for t in tasks]
     for found in samples:
         prefix.admit(found)
     return model, reader, prefix, [s for found in samples for s in found]

@@ -32,11 +32,16 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
 class Part(Strict):
-    """A device and the units [start, stop) that it holds."""
+    """A device and the units [start, stop) that it holds.
+
+    Attributes:
+        seconds: that it computes for one micro-batch, by which micro-batches are dealt.
+    """
 
     device: Name
     start: Index
     stop: Index
+    seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
 Parts = Annotated[tuple[Part, ...], Field(strict=False)]
@@ -138,6 +143,11 @@ class Plan(Strict):
     stages: Annotated[tuple[PlannedStage, ...], Field(strict=False, min_length=1)]
     seconds: float
     synthetic: bool = False
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All that it uses, in the order in which they first appear: their ranks."""
+        return tuple(dict.fromkeys(d for s in self.stages for p in s.groups for d in p.group.devices))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -98,7 +98,7 @@ def rows(problem: Problem, plan: Plan) -> list[dict[str, str]]:
         for planned in stage.groups:
             g, p = planned.group, planned.predicted
             for part in (*g.prefix, *g.trainers):
-                use = p.devices[part.device]
+                use, has = p.devices[part.device], problem.fleet.devices[part.device].memory
                 found.append(
                     {
                         "stage": f"{number}: {', '.join(g.tasks)}",
@@ -107,7 +107,7 @@ def rows(problem: Problem, plan: Plan) -> list[dict[str, str]]:
                         "micro-batch": str(g.size),
                         "step": f"{p.step:.3g} s",
                         "busy": f"{100 * use.busy / p.seconds:.0f} %" if p.seconds else "",
-                        "memory": f"{show_bytes(use.memory)} of {show_bytes(problem.fleet.devices[part.device].memory)}",
+                        "memory": f"{show_bytes(use.memory)} of {show_bytes(has)}",
                         "sends": show_bytes(use.sent),
                     }
                 )

@@ -141,7 +141,7 @@ def known_samples(reader: ImageFeatures, examples: Sequence[Example], config: Tr
     """
     if config.context == "predicted":
         return []
-    return [s for t in reader.encoder.graph.names for s in _samples(reader, examples, t, config.context, {})]
+    return [s for t in reader.encoder.graph.names for s in task_samples(reader, examples, t, config.context, {})]
 
 
 def run_id(graph: TaskGraph, plan: Plan, config: TrainConfig, data_sha256: str, model: nn.Module) -> str:
@@ -186,7 +186,7 @@ class Stage:
         self.runs: list[TaskRun] = []
         for tasks in phase.runs:
             owners = dict.fromkeys(o for t in tasks for o in phase.sharing.learns[t])
-            samples = [s for t in tasks for s in _samples(reader, examples, t, config.context, self.given)]
+            samples = [s for t in tasks for s in task_samples(reader, examples, t, config.context, self.given)]
             prefix.admit(samples)
             self.runs.append(TaskRun(tasks, samples, [p for o in owners for p in groups[o]], config))
         self._run_of = {t: r.name for r in self.runs for t in r.tasks}
@@ -197,12 +197,12 @@ class Stage:
         runs = [r for r in self.runs if update < r.total]
         losses = self._gradients(runs, update)
         try:
-            _clip(runs, losses, update)
+            clip(runs, losses, update)
         except RunError:
             for r in runs:  # alone: in a mixed batch 0 x inf spoils the others, and the first would be named
                 for p in (p for other in runs for p in other.parameters):
                     p.grad = None
-                _clip([r], self._gradients([r], update), update)
+                clip([r], self._gradients([r], update), update)
             raise
         for r in runs:
             r.step(update)
@@ -264,7 +264,7 @@ class Stage:
             run.restore(tensors)
 
 
-def _clip(runs: Sequence[TaskRun], losses: dict[str, float], update: int) -> None:
+def clip(runs: Sequence[TaskRun], losses: dict[str, float], update: int) -> None:
     """Clips every task's gradients. Raises RunError E511, E515 where a gradient or loss is not finite."""
     for task, value in losses.items():
         if not math.isfinite(value):
@@ -282,7 +282,7 @@ def _check_blocks(model: nn.Module, graph: TaskGraph, config: TrainConfig) -> No
         raise RunError("E516", f"the model has layers of another method than '{config.method}'; detach(model) first")
 
 
-def _samples(
+def task_samples(
     reader: ImageFeatures, examples: Sequence[Example], task: str, context: str, given: dict[str, Answers]
 ) -> list[Sample]:
     """A task's training samples, prerequisites' answers in the prompt where `context` asks for them."""

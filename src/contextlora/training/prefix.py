@@ -24,6 +24,22 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
+def hidden_before(model: nn.Module, depth: int, inputs: dict[str, Any]) -> Tensor:
+    """What enters decoder layer `depth` in a forward pass over `inputs`, which ends there."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    hook = decoder_layers(model)[1][depth].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        hook.remove()
+    raise AssertionError("the model never reached its own decoder layers")
+
+
 class FrozenPrefix:
     """Activations that enter the first decoder layer with a block, by sample, within a memory budget.
 
@@ -90,14 +106,4 @@ class FrozenPrefix:
         self._kept |= {s.key: row[: len(s)].clone() for s, row in zip(batch.samples, rows, strict=True)}
 
     def _compute(self, inputs: dict[str, Any]) -> Tensor:
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-        hook = self.stack[self.depth].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.model(**inputs, use_cache=False)
-        except _Reached as reached:
-            return reached.hidden
-        finally:
-            hook.remove()
-        raise AssertionError("the model never reached its own decoder layers")
+        return hidden_before(self.model, self.depth, inputs)

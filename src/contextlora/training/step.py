@@ -14,27 +14,21 @@ from contextlora.data.sampler import epoch_batches
 from contextlora.errors import RunError
 
 
-class TaskRun:
-    """The training of one task, or with some methods of several that share one optimizer.
-
-    Clipping, learning rate and optimizer state are the task's own, so that tasks which train together do what they
-    would do one after another (SEMANTICS section 2).
+class Order:
+    """Which samples come in which update, of one task or several in one run.
 
     Attributes:
         total: number of updates, epochs x ceil(samples / (batch_size x accumulate)).
     """
 
-    def __init__(
-        self, tasks: Sequence[str], samples: Sequence[Sample], parameters: list[nn.Parameter], config: TrainConfig
-    ):
+    def __init__(self, tasks: Sequence[str], samples: Sequence[Sample], config: TrainConfig):
         for task in {*tasks} - {s.task for s in samples}:
             raise RunError("E510", f"task '{task}' has no training sample; add answers or leave it out (--tasks)")
-        self.tasks, self.samples, self.parameters, self.config = tuple(tasks), samples, parameters, config
+        self.tasks, self.samples, self.config = tuple(tasks), samples, config
         self.name = "+".join(tasks)
         self.lengths = [len(s) for s in samples]
         self.per_epoch = math.ceil(len(samples) / (config.batch_size * config.accumulate))
         self.total = config.epochs * self.per_epoch
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def micro_batches(self, update: int) -> list[list[Sample]]:
@@ -45,6 +39,21 @@ class TaskRun:
             self._epoch = (epoch, epoch_batches(self.lengths, c.batch_size, seed=c.seed, task=self.name, epoch=epoch))
         batches = self._epoch[1][at * c.accumulate : (at + 1) * c.accumulate]
         return [[self.samples[i] for i in batch] for batch in batches]
+
+
+class TaskRun(Order):
+    """The training of one task, or with some methods of several that share one optimizer.
+
+    Clipping, learning rate and optimizer state are the task's own, so that tasks which train together do what they
+    would do one after another (SEMANTICS section 2).
+    """
+
+    def __init__(
+        self, tasks: Sequence[str], samples: Sequence[Sample], parameters: list[nn.Parameter], config: TrainConfig
+    ):
+        super().__init__(tasks, samples, config)
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def lr(self, update: int) -> float:
         """Linear warm-up, then cosine decay to zero."""

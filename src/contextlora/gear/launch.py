@@ -1,0 +1,170 @@
+"""A whole training by a plan, on one of its devices; torchrun starts this on all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from contextlora.config import RunConfig, TrainConfig
+from contextlora.data.collate import Encoder
+from contextlora.data.records import data_hash
+from contextlora.errors import PlanError
+from contextlora.gear.plan import Plan
+from contextlora.gear.runtime import Team, TeamStage, exchange, prefix_of, stream, teams
+from contextlora.graph import TaskGraph
+from contextlora.lora.adapter import Adapter
+from contextlora.lora.attach import attached_state, trainable_groups
+from contextlora.lora.sharing import Phase
+from contextlora.models.inputs import ImageFeatures
+from contextlora.training.loop import task_samples, training_examples
+from contextlora.training.plan import planned, prepare, refuse_a_rival
+from contextlora.training.prefix import FrozenPrefix
+from contextlora.training.session import open_session
+from contextlora.training.step import Order
+from contextlora.training.track import Tracker
+
+PATIENCE = timedelta(seconds=30)  # a device that is silent for longer is gone
+
+
+def train_planned(
+    model: nn.Module,
+    processor: Any,
+    graph: TaskGraph,
+    plan: Plan,
+    *,
+    me: str,
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    features: ImageFeatures | None = None,
+    tracker: Tracker | None = None,
+) -> nn.Module:
+    """Trains by a plan, in place; every device of the plan calls this within one process group.
+
+    Args:
+        model, processor, graph, data, out, config, features, tracker: as in `train`.
+        plan: of this graph, data and configuration.
+        me: which of its devices this is.
+
+    Returns:
+        The model, with all blocks trained, on every device.
+
+    Raises:
+        PlanError: E408 another number of devices, E409 a plan of another graph, a form or context that cannot be run.
+        RunError: as `train`, E529 a parameter without gradient.
+    """
+    if attached_state(model) is None:
+        prepare(model, graph, config)
+    whole = planned(graph, None, config)
+    _check(plan, [phase.tasks for phase in whole.phases], config)
+    examples = training_examples(data, graph, config)
+    reader = features or ImageFeatures(model, Encoder(processor, graph))
+    mine = teams(plan, me)
+    watch = tracker or Tracker(Path(out) / me)
+    with watch, _closed(model, whole.answering):
+        for index, (phase, team) in enumerate(zip(whole.phases, mine, strict=True)):
+            if team is not None:
+                runs = tuple(r for r in phase.runs if set(r) <= set(team.group.tasks))
+                _work(team, reader, examples, replace(phase, runs=runs), config, watch, index)
+            exchange(model, plan, index, phase.sharing)
+    if dist.get_rank() == 0:
+        adapter = Adapter.of(model, seed=config.seed, data=data_hash(data), context=config.context)
+        adapter.save(Path(out) / "adapter")
+    return model
+
+
+def _work(
+    team: Team,
+    reader: ImageFeatures,
+    examples: Sequence[Any],
+    phase: Phase,
+    config: TrainConfig,
+    watch: Tracker,
+    index: int,
+) -> None:
+    """One stage of one device."""
+    if not team.trains:
+        samples = {t: task_samples(reader, examples, t, config.context, {}) for t in phase.tasks}
+        at_once = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
+        orders = [Order(run, [s for t in run for s in samples[t]], at_once) for run in phase.runs]
+        stream(team, reader, orders, 0, max(o.total for o in orders))
+        return
+    stage = TeamStage(team, reader, FrozenPrefix(reader, 0), examples, phase, config)
+    stage.prefix = prefix_of(team, reader, stage.runs, 0, stage.total)
+    watch.stage(f"[{index + 1}] {', '.join(team.group.tasks)} on {team.me}", stage.total)
+    for update in range(stage.total):
+        losses = stage.update(update)
+        watch.log(update, {"stage": index, "loss": losses})
+        watch.advance(update + 1, f"loss {sum(losses.values()) / len(losses):.3f}")
+
+
+def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -> None:
+    ours = [sorted(t) for t in stages]
+    theirs = [sorted(t for p in s.groups for t in p.group.tasks) for s in plan.stages]
+    if ours != theirs:
+        raise PlanError("E409", f"the plan trains {theirs}, and this run {ours}; plan again")
+    if config.context == "predicted":
+        raise PlanError("E409", "context: predicted cannot be launched yet; use gold or none", where="train.context")
+    if any(p.group.form == "pipeline" for s in plan.stages for p in s.groups):
+        raise PlanError("E409", "the plan has a pipeline, which cannot be launched yet")
+
+
+@contextmanager
+def _closed(model: nn.Module, answering: Any) -> Iterator[None]:
+    """Afterwards nothing learns, and tasks answer as they were trained."""
+    try:
+        yield
+    finally:
+        trainable_groups(model, [], answering)
+
+
+def launch(config: RunConfig, plan: Plan, *, device: str | None = None, silent: bool = False) -> Path:
+    """What `torchrun ... -m contextlora launch` does on each device. Returns the adapter's folder.
+
+    Args:
+        config: the run; its data and base model must lie on every device.
+        plan: for this run.
+        device: which of the plan's devices this is; None takes the one of this process's rank.
+        silent: no progress bar.
+    """
+    refuse_a_rival(config.train)
+    if "RANK" not in os.environ:
+        text = f"not started by torchrun; run: torchrun --nproc-per-node {len(plan.devices)} -m contextlora launch ..."
+        raise PlanError("E408", text)
+    backend = "nccl" if config.device.startswith("cuda") and torch.cuda.device_count() >= len(plan.devices) else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        rank = dist.get_rank()
+        if rank >= len(plan.devices):
+            text = f"the plan is for {len(plan.devices)} devices, and this is number {rank + 1}"
+            raise PlanError("E408", text)
+        me = device or plan.devices[rank]
+        if plan.devices[rank] != me:
+            raise PlanError("E408", f"'{me}' has rank {rank}, which the plan gives to '{plan.devices[rank]}'")
+        session = open_session(config, fresh=True)
+        with Tracker(Path(config.out) / me, quiet=silent) as tracker:
+            train_planned(
+                session.model,
+                session.processor,
+                session.graph,
+                plan,
+                me=me,
+                data=config.data,
+                out=config.out,
+                config=config.train,
+                features=session.reader,
+                tracker=tracker,
+            )
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return Path(config.out) / "adapter"

@@ -1,0 +1,207 @@
+"""Training by a plan: what every device does, over torch.distributed (gloo between edge devices).
+
+torch.distributed has no authentication: this is for a trusted LAN or VPN.
+
+The walk: updates, their samples, their micro-batches and who runs each follow from plan, seed and data alone, so that
+every device knows them without asking. Losses are sums over answer tokens divided by the whole update's, and gradients
+are summed before clipping, so that every division among devices gives the gradients of a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from contextlora.config import TrainConfig
+from contextlora.data.collate import Sample, collate
+from contextlora.data.records import Example
+from contextlora.errors import PlanError, RunError
+from contextlora.gear.cost import QUEUE
+from contextlora.gear.plan import Group, Part, Plan, deal
+from contextlora.gear.stream import Piece, Receiver, Sender
+from contextlora.lora.attach import gated_layers
+from contextlora.lora.sharing import Phase, Sharing
+from contextlora.models.inputs import ImageFeatures
+from contextlora.training.loop import Stage, clip
+from contextlora.training.prefix import FrozenPrefix
+from contextlora.training.step import Order, TaskRun
+
+
+@dataclass(frozen=True)
+class Team:
+    """A group at work.
+
+    Attributes:
+        group: of the plan.
+        ranks: by device.
+        me: this device.
+        trainers: process group of the trainers, None unless there are several.
+    """
+
+    group: Group
+    ranks: Mapping[str, int]
+    me: str
+    trainers: Any
+
+    @property
+    def trains(self) -> bool:
+        """Whether this device is a trainer."""
+        return any(p.device == self.me for p in self.group.trainers)
+
+
+def teams(plan: Plan, me: str) -> list[Team | None]:
+    """This device's team in every stage of the plan, None where it has nothing to do. Every rank must call this."""
+    ranks = {d: i for i, d in enumerate(plan.devices)}
+    if dist.get_world_size() != len(ranks):
+        text = f"the plan is for {len(ranks)} devices ({', '.join(ranks)}), and {dist.get_world_size()} have come"
+        raise PlanError("E408", text)
+    found: list[Team | None] = []
+    for stage in plan.stages:
+        mine = None
+        for planned in stage.groups:
+            g = planned.group
+            members = [ranks[p.device] for p in g.trainers]
+            made = dist.new_group(members) if len(members) > 1 else None  # all ranks make all groups, in one order
+            if me in g.devices:
+                mine = Team(g, ranks, me, made)
+        found.append(mine)
+    return found
+
+
+# --- the walk --------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(runs: Sequence[Order], update: int, size: int) -> list[list[Sample]]:
+    """One update's samples of all runs that still have one, mixed as in a single process, in parts of `size`."""
+    active = [r for r in runs if update < r.total]
+    parts = zip_longest(*(r.micro_batches(update) for r in active), fillvalue=[])
+    mixed = [s for together in parts for part in together for s in part]
+    return [mixed[i : i + size] for i in range(0, len(mixed), size)]
+
+
+def dealt(parts: Sequence[Part], count: int) -> list[int]:
+    """Which of `parts` takes each of `count` micro-batches: runs of neighbours, as many as its pace lets it."""
+    counts = deal(count, [p.seconds or 1.0 for p in parts])
+    return [i for i, n in enumerate(counts) for _ in range(n)]
+
+
+def pieces(team: Team, runs: Sequence[Order], first: int, total: int) -> Iterator[Piece]:
+    """All that the prefix's devices send from update `first` on, in order."""
+    g, seen = team.group, set[str]()
+    for update in range(first, total):
+        batches = micro_batches(runs, update, g.size)
+        users = dealt(g.trainers, len(batches)) if g.form == "data" else [0] * len(batches)
+        fresh = [tuple(s for s in b if s.key not in seen) for b in batches]
+        sent = [i for i, samples in enumerate(fresh) if samples]
+        for source, i in zip(dealt(g.prefix, len(sent)), sent, strict=True):
+            source_rank, user = team.ranks[g.prefix[source].device], team.ranks[g.trainers[users[i]].device]
+            yield Piece(fresh[i], source_rank, user)
+        if g.cache:
+            seen |= {s.key for b in batches for s in b}
+
+
+# --- a trainer -------------------------------------------------------------------------------------------------------
+
+
+class TeamStage(Stage):
+    """A stage whose micro-batches are divided among trainers that hold all layers above the cut each."""
+
+    def __init__(
+        self,
+        team: Team,
+        reader: ImageFeatures,
+        prefix: Any,
+        examples: Sequence[Example],
+        phase: Phase,
+        config: TrainConfig,
+    ):
+        super().__init__(reader, prefix, examples, phase, config)
+        self.team = team
+
+    def update(self, update: int) -> dict[str, float]:
+        """As in a single process; what is not finite is found by all trainers at once, after the sum."""
+        runs = [r for r in self.runs if update < r.total]
+        losses = self._gradients(runs, update)
+        clip(runs, losses, update)
+        for r in runs:
+            r.step(update)
+        return losses
+
+    def _gradients(self, runs: Sequence[TaskRun], update: int) -> dict[str, float]:
+        batches = micro_batches(runs, update, self.team.group.size)
+        tokens = dict.fromkeys((r.name for r in runs), 0)
+        for s in (s for b in batches for s in b):
+            tokens[self._run_of[s.task]] += len(s.answer)
+        losses = dict.fromkeys(tokens, 0.0)
+        for batch in self._mine(batches):
+            for task, value in self._backward(collate(batch, self.reader.encoder.pad), tokens).items():
+                losses[task] += value
+        return self._summed(runs, losses)
+
+    def _mine(self, batches: Sequence[list[Sample]]) -> list[list[Sample]]:
+        g = self.team.group
+        if g.form == "single":
+            return list(batches)
+        users = dealt(g.trainers, len(batches))
+        return [b for b, i in zip(batches, users, strict=True) if g.trainers[i].device == self.team.me]
+
+    def _summed(self, runs: Sequence[TaskRun], losses: dict[str, float]) -> dict[str, float]:
+        """Gradients and losses of all trainers together, in one message. Raises RunError E529."""
+        parameters = [p for r in runs for p in r.parameters]
+        got = torch.tensor([p.grad is not None for p in parameters], dtype=parameters[0].dtype)
+        for p in parameters:
+            if p.grad is None:  # no sample of its task came to this device
+                p.grad = torch.zeros_like(p)
+        if self.team.trainers is not None:
+            told = torch.tensor(list(losses.values()), dtype=got.dtype)
+            message = torch.cat([*(p.grad.flatten().cpu() for p in parameters if p.grad is not None), told, got])
+            dist.all_reduce(message, group=self.team.trainers)
+            *grads, told, got = message.split([*(p.numel() for p in parameters), len(losses), len(parameters)])  # type: ignore[no-untyped-call]
+            for p, g in zip(parameters, grads, strict=True):
+                assert p.grad is not None
+                p.grad.copy_(g.view_as(p))
+            losses = dict(zip(losses, told.tolist(), strict=True))
+        if not got.all():  # it would silently stay as it is
+            raise RunError("E529", f"{int((got == 0).sum())} of {len(got)} trainable parameters got no gradient")
+        return losses
+
+
+def prefix_of(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: int, total: int) -> Any:
+    """What stands in for the layers below the blocks of a trainer."""
+    g, me = team.group, team.ranks[team.me]
+    if g.ahead == "streamed":
+        mine = (p for p in pieces(team, runs, first, total) if p.trainer == me)
+        return Receiver(reader, g.cut - 1, mine, g.cache, QUEUE)
+    budget = 1 << 62 if g.cache else 0
+    kept = FrozenPrefix(reader, budget)
+    kept.admit([s for r in runs for s in r.samples])
+    return kept
+
+
+def stream(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: int, total: int) -> None:
+    """A prefix device's whole part in a stage."""
+    sender, me = Sender(reader, team.group.cut - 1, QUEUE), team.ranks[team.me]
+    for piece in pieces(team, runs, first, total):
+        if piece.source == me:
+            sender.send(piece)
+    sender.finish()
+
+
+@torch.no_grad()
+def exchange(model: nn.Module, plan: Plan, index: int, sharing: Sharing) -> None:
+    """Gives what a stage trained to every device: each block from the first trainer of the group that trained it."""
+    ranks = {d: i for i, d in enumerate(plan.devices)}
+    for planned in plan.stages[index].groups:
+        g = planned.group
+        owners = dict.fromkeys(o for t in g.tasks for o in sharing.learns[t])
+        for layer in gated_layers(model).values():
+            for side in (s for o in owners for s in layer.block(o)):
+                held = side.cpu().contiguous()
+                dist.broadcast(held, ranks[g.trainers[0].device])
+                side.copy_(held)

@@ -1,0 +1,157 @@
+"""Plans carried out by real processes: every division of the work ends where a single process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from contextlora.config import TrainConfig
+from contextlora.gear.plan import Group, Part, Plan, PlannedGroup, PlannedStage, Predicted
+from contextlora.lora.attach import attach, gated_layers
+from contextlora.training.loop import train
+from contextlora.training.track import Tracker
+
+UNITS = 5  # inputs, three layers, head
+TESTS = Path(__file__).parents[1]
+NOTHING = Predicted(step=0.0, cached_step=0.0, seconds=0.0, air=0.0, devices={})
+
+
+def part(device, start=0, stop=UNITS, seconds=1.0):
+    return Part(device=device, start=start, stop=stop, seconds=seconds)
+
+
+def plan(*stages):
+    """A plan from its groups, stage by stage."""
+    made = [
+        PlannedStage(groups=[PlannedGroup(group=g, predicted=NOTHING) for g in s], exchange=0, seconds=0)
+        for s in stages
+    ]
+    return Plan(planner="by hand", fleet="test", model="tiny", units=UNITS, stages=made, seconds=0.0)
+
+
+ROOTS, CHILD = ("weather", "light"), ("action",)
+A, B, C = "a", "b", "c"
+SINGLE = {
+    "task-parallel": [
+        [
+            Group(tasks=("weather",), form="single", trainers=[part(A)], size=2),
+            Group(tasks=("light",), form="single", trainers=[part(B)], size=4),
+        ],
+        [Group(tasks=CHILD, form="single", trainers=[part(B)], size=4)],
+    ],
+    "data, uneven": [
+        [Group(tasks=ROOTS, form="data", trainers=[part(A, seconds=1), part(B, seconds=2.5)], size=1)],
+        [Group(tasks=CHILD, form="data", trainers=[part(B), part(A), part(C)], size=1)],
+    ],
+}
+TOP = {
+    "streamed": [
+        [
+            Group(
+                tasks=ROOTS,
+                form="single",
+                trainers=[part(A, 3)],
+                size=2,
+                ahead="streamed",
+                prefix=[part(B, 0, 3)],
+                cut=3,
+            )
+        ],
+        [
+            Group(
+                tasks=CHILD,
+                form="single",
+                trainers=[part(B, 3)],
+                size=2,
+                ahead="streamed",
+                prefix=[part(A, 0, 3)],
+                cut=3,
+                cache=True,
+            )
+        ],
+    ],
+    "streamed from two to two": [
+        [
+            Group(
+                tasks=ROOTS,
+                form="data",
+                trainers=[part(A, 2), part(B, 2)],
+                size=1,
+                ahead="streamed",
+                prefix=[part(C, 0, 2)],
+                cut=2,
+            )
+        ],
+        [
+            Group(
+                tasks=CHILD,
+                form="single",
+                trainers=[part(A, 3)],
+                size=1,
+                ahead="streamed",
+                prefix=[part(B, 0, 3), part(C, 0, 3)],
+                cut=3,
+                cache=True,
+            )
+        ],
+    ],
+    "local cache": [
+        [Group(tasks=ROOTS, form="single", trainers=[part(A)], size=2, ahead="local", cut=3, cache=True)],
+        [Group(tasks=CHILD, form="data", trainers=[part(A), part(B)], size=1)],
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("words"), train=10, test=2)
+
+
+def alone(words, folder, dtype, **config):
+    model, processor = tiny.llama(dtype)
+    attach(model, tiny.graph(), layers=config.get("layers", "all"), dtype=dtype)
+    train(
+        model,
+        processor,
+        tiny.graph(),
+        data=words,
+        out=folder,
+        config=TrainConfig(**config),
+        tracker=Tracker(folder, quiet=True),
+    )
+    return {f"{n}|{s}": t.clone() for n, la in gated_layers(model).items() for s, t in la.tensors().items()}
+
+
+def together(tmp_path, words, stages, dtype, **config):
+    """What every device ended with."""
+    made = plan(*stages)
+    made.save(tmp_path / "plan.json")
+    order = {"plan": str(tmp_path / "plan.json"), "data": str(words), "out": str(tmp_path), "config": config}
+    (tmp_path / "order.json").write_text(json.dumps({**order, "dtype": dtype}))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+    count = len(made.devices)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [str(TESTS / "distributed" / "worker.py"), str(tmp_path / "order.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {d: load_file(tmp_path / f"{d}.safetensors") for d in made.devices}
+
+
+@pytest.mark.parametrize("name", [*SINGLE, *TOP])
+def test_every_division_ends_where_one_process_does(tmp_path, words, name):
+    layers = "all" if name in SINGLE else "2-2"
+    config = {"epochs": 2, "batch_size": 3, "lr": 1e-2, "layers": layers, "weight_decay": 0.1}
+    want = alone(words, tmp_path / "alone", torch.float64, **config)
+    got = together(tmp_path, words, {**SINGLE, **TOP}[name], "float64", **config)
+    for device, blocks in got.items():
+        worst = max((blocks[k] - want[k]).abs().max().item() for k in want)
+        assert worst < 1e-9, f"{device}: {worst}"
+    assert (tmp_path / "adapter" / "manifest.json").is_file()
