@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import random
 
 import small
 
-from contextlora.gear.plan import Group, Part, check_group
+from contextlora.gear import cost
+from contextlora.gear.fleet import Fleet
+from contextlora.gear.plan import Group, Part, PlannedGroup, PlannedStage, check_group
 
 
 def parts(*spans):
@@ -50,3 +54,25 @@ def draw(seed, cut=1e6):
     g = group(form, *spans, size=r.choice([1, 2, 3]), tasks=tasks, prefix=prefix, ahead=ahead, cut=low, cache=cache)
     check_group(g, units, p.work.lowest, p.fleet)
     return p, g
+
+
+def full(p, g):
+    """Micro-batches of a full step."""
+    return math.ceil(len(g.tasks) * p.work.batch / g.size)
+
+
+def rewired(p, *, rate=None, delay=None, shared=True):
+    """The same devices, every pair with the same rate and delay."""
+    names = list(p.fleet.devices)
+    data = {"devices": {n: d.model_dump(exclude_none=True) for n, d in p.fleet.devices.items()}}
+    if shared:
+        data["medium"] = {"rate": rate, "delay": delay}
+    else:
+        data["links"] = [{"between": pair, "rate": rate, "delay": delay} for pair in itertools.combinations(names, 2)]
+    return dataclasses.replace(p, fleet=Fleet.from_dict(data))
+
+
+def planned(p, *many):
+    """A stage of these groups, as a planner would write it; nothing is exchanged."""
+    found = tuple(PlannedGroup(group=g, predicted=cost.predict(p, g)) for g in many)
+    return PlannedStage(groups=found, exchange=0.0, seconds=max(f.predicted.seconds for f in found))

@@ -65,10 +65,10 @@ def test_timeline(problem, both):
 
 
 def test_files(problem, both, tmp_path):
-    figure = picture.gantt(simulate(problem, both, 1), both)
-    picture.save(figure, tmp_path / "a.svg")
-    picture.save(figure, tmp_path / "a.png")
-    assert (tmp_path / "a.svg").read_text(encoding="utf-8") == picture.svg(figure)
+    made = [picture.gantt(simulate(problem, both, 1), both) for _ in range(3)]
+    picture.save(made[0], tmp_path / "a.svg")
+    picture.save(made[1], tmp_path / "a.png")
+    assert (tmp_path / "a.svg").read_text(encoding="utf-8") == picture.svg(made[2])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import random
-import statistics
 from collections import defaultdict
 
 import groups
@@ -16,37 +14,16 @@ import small
 
 from contextlora.gear import cost
 from contextlora.gear.fleet import Fleet
-from contextlora.gear.plan import Plan, PlannedGroup, PlannedStage
 from contextlora.gear.schedule import COMPUTE, Kind, schedule
-from contextlora.gear.simulate import MEDIUM, play, simulate, simulated_seconds, steady
+from contextlora.gear.simulate import MEDIUM, play, simulate, steady
 
 EXACT = 1e-9
-
-
-def full(p, g):
-    return math.ceil(len(g.tasks) * p.work.batch / g.size)
-
-
-def rewired(p, *, rate=None, delay=None, shared=True):
-    """The same devices, every pair with the same rate and delay."""
-    names = list(p.fleet.devices)
-    data = {"devices": {n: d.model_dump(exclude_none=True) for n, d in p.fleet.devices.items()}}
-    if shared:
-        data["medium"] = {"rate": rate, "delay": delay}
-    else:
-        data["links"] = [{"between": pair, "rate": rate, "delay": delay} for pair in itertools.combinations(names, 2)]
-    return dataclasses.replace(p, fleet=Fleet.from_dict(data))
 
 
 def alike(p):
     """All devices as fast as the first."""
     one = p.fleet.devices["d0"]
     return dataclasses.replace(p, fleet=dataclasses.replace(p.fleet, devices=dict.fromkeys(p.fleet.devices, one)))
-
-
-def planned(p, *many):
-    found = tuple(PlannedGroup(group=g, predicted=cost.predict(p, g)) for g in many)
-    return PlannedStage(groups=found, exchange=0.0, seconds=max(f.predicted.seconds for f in found))
 
 
 # --- closed forms ----------------------------------------------------------------------------------------------------
@@ -95,11 +72,11 @@ def equal_stages(stages, micro):
 def test_an_infinite_rate_is_no_network(seed, shared):
     """The longest path through lists and dependencies, without any clock."""
     p, g = groups.draw(seed)
-    p = rewired(p, rate=1e30, delay=0.0, shared=shared)
-    plan = schedule(p, g, full(p, g))
+    p = groups.rewired(p, rate=1e30, delay=0.0, shared=shared)
+    plan = schedule(p, g, groups.full(p, g))
     if g.prefix or g.form == "data":
         g = groups.group("single", *[(d, 0, p.units) for d in g.devices[:1]], tasks=g.tasks, size=g.size)
-        plan = schedule(p, g, full(p, g))
+        plan = schedule(p, g, groups.full(p, g))
     assert play(p, [plan], [1]).seconds == pytest.approx(longest_path(p, plan))
 
 
@@ -128,7 +105,7 @@ def longest_path(p, plan):
 
 
 def test_bound_by_the_medium_a_step_is_its_air():
-    p = rewired(groups.with_cut(small.problem(2, 6, lowest=1, seed=3), 1e9), rate=1e6, delay=0.0)
+    p = groups.rewired(groups.with_cut(small.problem(2, 6, lowest=1, seed=3), 1e9), rate=1e6, delay=0.0)
     g = groups.group("pipeline", ("d0", 0, 3), ("d1", 3, 6), size=1)
     one = cost.step(p, g, 8, 8)
     ((_, each),) = steady(p, [schedule(p, g, 8)])
@@ -139,14 +116,14 @@ def test_bound_by_the_medium_a_step_is_its_air():
 @pytest.mark.parametrize("seed", range(80))
 def test_links_of_their_own_are_never_slower_than_a_shared_medium(seed):
     p, g = groups.draw(seed, cut=5e6)
-    own, shared = (rewired(p, rate=1e7, delay=0.05, shared=s) for s in (False, True))
+    own, shared = (groups.rewired(p, rate=1e7, delay=0.05, shared=s) for s in (False, True))
     assert simulate(own, [g], 4).seconds <= simulate(shared, [g], 4).seconds * (1 + EXACT)
 
 
 @pytest.mark.parametrize("devices", [2, 3, 5])
 @pytest.mark.parametrize("shared", [True, False])
 def test_data_parallel_is_the_slowest_share_and_a_ring(devices, shared):
-    p = rewired(alike(small.problem(devices, 6, seed=2)), rate=1e5, delay=0.0, shared=shared)
+    p = groups.rewired(alike(small.problem(devices, 6, seed=2)), rate=1e5, delay=0.0, shared=shared)
     g = groups.group("data", *[(d, 0, 6) for d in p.fleet.devices], size=1)
     each = p.forward("d0", 0, 6, 1) + p.backward("d0", 0, 6, 1)
     micro = 3 * devices
@@ -159,7 +136,7 @@ def test_data_parallel_is_the_slowest_share_and_a_ring(devices, shared):
 
 
 def test_a_delay_adds_to_every_round_of_the_ring_and_once_for_the_rendezvous():
-    p = rewired(alike(small.problem(3, 6, seed=2)), rate=1e9, delay=0.5, shared=False)
+    p = groups.rewired(alike(small.problem(3, 6, seed=2)), rate=1e9, delay=0.5, shared=False)
     g = groups.group("data", *[(d, 0, 6) for d in p.fleet.devices], size=1)
     each = p.forward("d0", 0, 6, 1) + p.backward("d0", 0, 6, 1)
     air = 4 * p.fleet.airtime("d0", "d1", p.slice_bytes(g.tasks) / 3)
@@ -177,8 +154,8 @@ def streamed(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_a_streamed_prefix_bounds_a_step_without_adding_to_it(seed):
     p, g = streamed(seed)
-    one = cost.step(p, g, full(p, g), full(p, g))
-    ((_, each),) = steady(p, [schedule(p, g, full(p, g))])
+    one = cost.step(p, g, groups.full(p, g), groups.full(p, g))
+    ((_, each),) = steady(p, [schedule(p, g, groups.full(p, g))])
     assert each == pytest.approx(one.seconds, rel=0.02)
     assert each >= max(one.busy.values()) * (1 - EXACT)
     assert not p.fleet.shared or each >= one.air * (1 - EXACT)
@@ -221,7 +198,7 @@ def test_nobody_does_two_things_at_once_and_bytes_are_those_of_the_cost_model(se
     for events in by_place.values():
         for (_, end), (start, _) in itertools.pairwise(sorted(events)):
             assert end <= start
-    one = cost.step(p, g, full(p, g), full(p, g))
+    one = cost.step(p, g, groups.full(p, g), groups.full(p, g))
     for d in g.devices:
         assert trace.sent.get(d, 0.0) == pytest.approx(3 * one.sent[d])
         busy = sum(e.end - e.start for e in trace.events if e.place == d and e.kind in COMPUTE)
@@ -230,21 +207,6 @@ def test_nobody_does_two_things_at_once_and_bytes_are_those_of_the_cost_model(se
         air = sum(b - a for a, b in by_place[MEDIUM])
         assert air == pytest.approx(3 * one.air, abs=EXACT)
     assert trace == simulate(p, [g], 3)
-
-
-def test_groups_at_once_share_the_medium_only():
-    p = groups.with_cut(small.problem(4, 6, lowest=1, seed=6), 3e7)
-    a = groups.group("pipeline", ("d0", 0, 3), ("d1", 3, 6), tasks=("t0",), size=1)
-    b = groups.group("pipeline", ("d2", 0, 3), ("d3", 3, 6), tasks=("t1",), size=1)
-    slow, fast = (rewired(p, rate=r, delay=0.0) for r in (5e6, 1e30))
-    for problem, grows in ((slow, True), (fast, False)):
-        alone = [simulate(problem, [g], 3).seconds for g in (a, b)]
-        both = simulate(problem, [a, b], 3)
-        together = [sum(s) for s in both.steps]
-        assert all(t > 1.2 * x if grows else t == pytest.approx(x) for t, x in zip(together, alone, strict=True))
-        whole = simulated_seconds(problem, planned(problem, a, b))
-        apart = [simulated_seconds(problem, planned(problem, g)) for g in (a, b)]
-        assert whole > 1.2 * max(apart) if grows else whole == pytest.approx(max(apart))
 
 
 # --- measured --------------------------------------------------------------------------------------------------------
@@ -276,61 +238,3 @@ def test_early_receives_gain_what_was_measured(delay):
     )
     assert 1.20 < stock / early < 1.30
     assert 1.30 < stock / more < 1.40
-
-
-# --- whole stages, and the analytic model ----------------------------------------------------------------------------
-
-
-def test_a_stage_is_its_steps_one_after_another():
-    """Extrapolated seconds against every single step played."""
-    p = small.problem(3, 8, lowest=3, tasks=1, seed=8, epochs=40)
-    g = groups.group("single", ("d0", 3, 8), tasks=("t0",), size=1, prefix=[("d1", 0, 3)], ahead="streamed", cut=3)
-    steps = p.work.updates(p.loads["t0"]) * p.work.epochs
-    played = sum(simulate(p, [g], steps).steps[0])
-    assert simulated_seconds(p, planned(p, g)) == pytest.approx(played, rel=1e-6)
-
-
-def test_a_stage_with_tasks_of_different_lengths():
-    """A pipeline that is empty between steps: intervals simply add up."""
-    p = small.problem(2, 6, lowest=1, tasks=3, seed=12, epochs=3)
-    g = groups.group("pipeline", ("d0", 0, 3), ("d1", 3, 6), tasks=tuple(p.loads), size=2)
-    wanted = sum(
-        steps * play(p, [schedule(p, g, active * p.work.batch // 2)], [1]).seconds
-        for steps, active, _ in p.work.intervals(list(p.loads.values()))
-    )
-    stage = planned(p, g)
-    assert simulated_seconds(p, stage) == pytest.approx(wanted)
-    whole = {"planner": "by hand", "fleet": "f", "model": "m", "units": 6, "seconds": 2 * stage.seconds}
-    again = Plan(stages=(stage, stage.model_copy(update={"exchange": 5.0})), **whole)
-    assert simulated_seconds(p, again) == pytest.approx(2 * wanted + 5)
-
-
-@pytest.mark.parametrize(("cut", "median", "worst"), [(1e6, 0.01, 0.35), (1e7, 0.02, 0.5)])
-def test_the_analytic_model_is_close(cut, median, worst, record_property):
-    """Seconds of a stage by `cost.predict` and by the simulator, on random groups; transfers light, then heavy."""
-    off = {"all": [], "single": [], "data": [], "pipeline": []}
-    for seed in range(120):
-        p, g = groups.draw(seed, cut=cut)
-        stage = planned(p, g)
-        deviation = stage.seconds / simulated_seconds(p, stage) - 1
-        off["all"].append(deviation)
-        off[g.form].append(deviation)
-    for form, values in off.items():
-        mean = statistics.median(map(abs, values))
-        said = f"{len(values)} groups, median |deviation| {mean:.2%}, {min(values):+.1%} to {max(values):+.1%}"
-        record_property(form, said)
-        print(form, said)
-    assert statistics.median(map(abs, off["all"])) < median
-    assert max(map(abs, off["all"])) < worst
-    assert max(map(abs, off["single"])) < 0.05
-
-
-def test_side_by_side_groups_at_random():
-    """No closed form: whatever contends, it ends, and nobody is faster for it than alone but by an ordering's luck."""
-    for seed in range(20):
-        r = random.Random(seed)
-        p = groups.with_cut(small.problem(4, 7, tasks=2, lowest=2, seed=seed), r.choice([1e6, 1e7]))
-        a = groups.group("pipeline", ("d0", 0, 4), ("d1", 4, 7), tasks=("t0",), size=r.choice([1, 2]))
-        b = groups.group("data", ("d2", 0, 7), ("d3", 0, 7), tasks=("t1",), size=1)
-        apart = [simulated_seconds(p, planned(p, g)) for g in (a, b)]
-        assert simulated_seconds(p, planned(p, a, b)) >= 0.98 * max(apart)

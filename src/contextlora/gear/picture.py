@@ -25,9 +25,9 @@ from contextlora.gear.units import show_bytes
 _LOOKS: dict[Kind, tuple[str, str, str]] = {
     Kind.SEND: ("#dff0d8", "", "activations sent"),
     Kind.FORWARD: ("#9cc3e8", "", "forward"),
-    Kind.SEND_GRADIENT: ("#a97fc0", "", "gradients sent"),
-    Kind.BACKWARD: ("#b4561a", "", "backward"),
-    Kind.REDUCE: ("#4a5568", "xxx", "all-reduce, with the wait"),
+    Kind.SEND_GRADIENT: ("#9a6fb5", "", "gradients sent"),
+    Kind.BACKWARD: ("#a34b12", "", "backward"),
+    Kind.REDUCE: ("#222b3a", "xxx", "all-reduce, with the wait"),
 }
 _COLOURS = ("#a9c8e6", "#f0bd8d", "#a8d5ba", "#ccb4dd", "#e6a9af", "#c4c9d1", "#dcc878", "#98cfd3")
 _RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "contextlora", "font.family": "sans-serif", "font.size": 9}
@@ -83,7 +83,7 @@ def timeline(plan: Plan, fleet: Fleet) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as SVG text, the same for the same figure."""
+    """A figure as SVG text, the same for a figure of the same things."""
     with matplotlib.rc_context(_RC):
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
