@@ -419,6 +419,27 @@ def plan(
 
 
 @app.command()
+def launch(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (JSON), made by contextlora plan.")],
+    config: Config,
+    device: Annotated[str | None, typer.Option(help="Which of the plan's devices this is; else by rank.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last stage that any device kept.")] = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train by a plan: start this on every device, through torchrun.
+
+    torchrun --nnodes 3 --node-rank 0 --rdzv-endpoint HOST:29400 --rdzv-backend c10d -m contextlora launch plan.json
+    config.yaml. It has no authentication: use it in a trusted LAN or VPN only.
+    """
+    from contextlora.gear.launch import launch as run_plan
+    from contextlora.gear.plan import Plan
+
+    folder = run_plan(_load(config, overrides), Plan.load(plan_file), device=device, resume=resume, silent=as_json)
+    _out(as_json, {"adapter": str(folder)}, f"trained; the first device of the plan has {folder}")
+
+
+@app.command()
 def report(
     what: Annotated[str, typer.Argument(help="A run's folder, a recipe's name (accuracy, ...), or a recipe's YAML.")],
     preset: Annotated[str, typer.Option(help="Of a recipe: smoke (seconds), laptop or gpu.")] = "laptop",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,17 +132,29 @@ def alone(words, folder, dtype, **config):
     return {f"{n}|{s}": t.clone() for n, la in gated_layers(model).items() for s, t in la.tensors().items()}
 
 
-def together(tmp_path, words, stages, dtype, **config):
-    """What every device ended with."""
+def ordered(tmp_path, words, stages, dtype, config, **more):
+    """Writes a plan and the order for its workers."""
     made = plan(*stages)
     made.save(tmp_path / "plan.json")
     order = {"plan": str(tmp_path / "plan.json"), "data": str(words), "out": str(tmp_path), "config": config}
-    (tmp_path / "order.json").write_text(json.dumps({**order, "dtype": dtype}))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
-    count = len(made.devices)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += [str(TESTS / "distributed" / "worker.py"), str(tmp_path / "order.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    (tmp_path / "order.json").write_text(json.dumps({**order, "dtype": dtype, "resume": False, **more}))
+    return made
+
+
+def environment(**more):
+    path = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{k: str(v) for k, v in more.items()}}
+
+
+WORKER = str(TESTS / "distributed" / "worker.py")
+
+
+def together(tmp_path, words, stages, dtype, resume=False, **config):
+    """What every device ended with."""
+    made = ordered(tmp_path, words, stages, dtype, config, resume=resume)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(len(made.devices)), WORKER, str(tmp_path / "order.json")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return {d: load_file(tmp_path / f"{d}.safetensors") for d in made.devices}
 
@@ -155,3 +169,42 @@ def test_every_division_ends_where_one_process_does(tmp_path, words, name):
         worst = max((blocks[k] - want[k]).abs().max().item() for k in want)
         assert worst < 1e-9, f"{device}: {worst}"
     assert (tmp_path / "adapter" / "manifest.json").is_file()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def apart(tmp_path, devices):
+    """Starts every device by itself, as on machines of their own: no agent that ends the others."""
+    port = free_port()
+    shared = {"WORLD_SIZE": len(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, WORKER, str(tmp_path / "order.json")]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(command, env=environment(RANK=i, **shared), stdout=pipe, stderr=pipe, text=True)
+        for i in range(len(devices))
+    ]
+
+
+def test_a_killed_device_ends_the_others_and_the_rest_go_on(tmp_path, words):
+    """b dies in the second stage; a says so within 30 s, and goes on alone from the first stage to the same end."""
+    config = {"epochs": 2, "batch_size": 3, "lr": 1e-2}
+    want = alone(words, tmp_path / "alone", torch.float64, **config)
+    ordered(tmp_path, words, SINGLE["task-parallel"], "float64", config, dies={"device": "b", "stage": 1})
+    a, b = workers = apart(tmp_path, ("a", "b"))
+    assert b.wait(60) == -signal.SIGKILL
+    said = a.communicate(timeout=30)[1]
+    assert a.returncode != 0
+    assert "E530 another device is gone" in said
+    assert len(workers) == 2
+    rest = [
+        [Group(tasks=ROOTS, form="single", trainers=[part(A)], size=2)],
+        [Group(tasks=CHILD, form="single", trainers=[part(A)], size=2)],
+    ]
+    got = together(tmp_path, words, rest, "float64", resume=True, **config)["a"]
+    assert max((got[k] - want[k]).abs().max().item() for k in want) < 1e-9
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {0, 1}

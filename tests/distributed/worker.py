@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,10 +14,22 @@ from safetensors.torch import save_file
 
 import tiny
 from contextlora.config import TrainConfig
-from contextlora.gear.launch import train_planned
+from contextlora.gear import launch
 from contextlora.gear.plan import Plan
 from contextlora.lora.attach import attach, gated_layers
 from contextlora.training.track import Tracker
+
+
+def dies_in(stage: int) -> None:
+    """This process is killed when it begins a stage."""
+    begun = launch._work
+
+    def work(*args: object) -> None:
+        if args[-1] == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begun(*args)  # type: ignore[arg-type]
+
+    launch._work = work
 
 
 def main(order: Path) -> None:
@@ -27,11 +41,22 @@ def main(order: Path) -> None:
     dtype = getattr(torch, what["dtype"])
     model, processor = tiny.llama(dtype)
     attach(model, tiny.graph(), layers=what["config"].get("layers", "all"), dtype=dtype)
+    if what.get("dies", {}).get("device") == me:
+        dies_in(what["dies"]["stage"])
     out = Path(what["out"])
     config = TrainConfig(**what["config"])
     tracker = Tracker(out / me, quiet=True)
-    train_planned(
-        model, processor, tiny.graph(), plan, me=me, data=what["data"], out=out, config=config, tracker=tracker
+    launch.train_planned(
+        model,
+        processor,
+        tiny.graph(),
+        plan,
+        me=me,
+        data=what["data"],
+        out=out,
+        config=config,
+        tracker=tracker,
+        resume=what["resume"],
     )
     layers = gated_layers(model).items()
     blocks = {f"{n}|{s}": t.contiguous() for n, la in layers for s, t in la.tensors().items()}

@@ -12,27 +12,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Encoder
 from contextlora.data.records import data_hash
-from contextlora.errors import PlanError
+from contextlora.errors import PlanError, RunError
 from contextlora.gear.plan import Plan
 from contextlora.gear.runtime import Team, TeamStage, exchange, prefix_of, stream, teams
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
-from contextlora.lora.attach import attached_state, trainable_groups
+from contextlora.lora.attach import attached_state, gated_layers, trainable_groups
 from contextlora.lora.sharing import Phase
 from contextlora.models.inputs import ImageFeatures
-from contextlora.training.loop import task_samples, training_examples
+from contextlora.training import checkpoint
+from contextlora.training.loop import run_id, task_samples, training_examples
 from contextlora.training.plan import planned, prepare, refuse_a_rival
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.session import open_session
 from contextlora.training.step import Order
 from contextlora.training.track import Tracker
 
-PATIENCE = timedelta(seconds=30)  # a device that is silent for longer is gone
+LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+PATIENCE = timedelta(minutes=30)  # for a device that computes; one that is gone is noticed at once, by its connection
 
 
 def train_planned(
@@ -45,6 +47,7 @@ def train_planned(
     data: str | Path,
     out: str | Path,
     config: TrainConfig,
+    resume: bool = False,
     features: ImageFeatures | None = None,
     tracker: Tracker | None = None,
 ) -> nn.Module:
@@ -54,13 +57,14 @@ def train_planned(
         model, processor, graph, data, out, config, features, tracker: as in `train`.
         plan: of this graph, data and configuration.
         me: which of its devices this is.
+        resume: go on after the last stage that any of the devices has kept, under this plan or another.
 
     Returns:
         The model, with all blocks trained, on every device.
 
     Raises:
         PlanError: E408 another number of devices, E409 a plan of another graph, a form or context that cannot be run.
-        RunError: as `train`, E529 a parameter without gradient.
+        RunError: as `train`, E529 a parameter without gradient, E530 another device is gone.
     """
     if attached_state(model) is None:
         prepare(model, graph, config)
@@ -69,13 +73,18 @@ def train_planned(
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     mine = teams(plan, me)
-    watch = tracker or Tracker(Path(out) / me)
-    with watch, _closed(model, whole.answering):
-        for index, (phase, team) in enumerate(zip(whole.phases, mine, strict=True)):
+    here, run = Path(out) / me, run_id(graph, whole, config, data_hash(data), model)
+    first = _go_on(model, here, run) if resume else 0
+    if not resume:
+        checkpoint.clear(here / "checkpoints")
+    with tracker or Tracker(here) as watch, _closed(model, whole.answering), _with_others():
+        for index, (phase, team) in list(enumerate(zip(whole.phases, mine, strict=True)))[first:]:
             if team is not None:
                 runs = tuple(r for r in phase.runs if set(r) <= set(team.group.tasks))
                 _work(team, reader, examples, replace(phase, runs=runs), config, watch, index)
             exchange(model, plan, index, phase.sharing)
+            # as `train` would: its --resume goes on from here too
+            checkpoint.save(here / "checkpoints", checkpoint.Checkpoint(index + 1, 0, run, _blocks(model)))
     if dist.get_rank() == 0:
         adapter = Adapter.of(model, seed=config.seed, data=data_hash(data), context=config.context)
         adapter.save(Path(out) / "adapter")
@@ -107,6 +116,28 @@ def _work(
         watch.advance(update + 1, f"loss {sum(losses.values()) / len(losses):.3f}")
 
 
+def _blocks(model: nn.Module) -> dict[str, Tensor]:
+    """All blocks, by the names that a checkpoint of `train` has for them."""
+    return {f"{name}|{path}": t for path, layer in gated_layers(model).items() for name, t in layer.tensors().items()}
+
+
+@torch.no_grad()
+def _go_on(model: nn.Module, here: Path, run: str) -> int:
+    """Takes over the blocks after the latest stage that any device has kept; returns the stage that comes next."""
+    found = checkpoint.load_latest(here / "checkpoints", run)
+    mine = 0 if found is None or found.update else found.stage
+    stages = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(stages, torch.tensor([mine]))
+    latest = max(int(s) for s in stages)
+    source = next(i for i, s in enumerate(stages) if int(s) == latest)
+    if latest:
+        for name, block in _blocks(model).items():
+            held = found.tensors[name].clone() if found and mine == latest else torch.empty_like(block, device="cpu")
+            dist.broadcast(held, source)
+            block.copy_(held)
+    return latest
+
+
 def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -> None:
     ours = [sorted(t) for t in stages]
     theirs = [sorted(t for p in s.groups for t in p.group.tasks) for s in plan.stages]
@@ -127,14 +158,32 @@ def _closed(model: nn.Module, answering: Any) -> Iterator[None]:
         trainable_groups(model, [], answering)
 
 
-def launch(config: RunConfig, plan: Plan, *, device: str | None = None, silent: bool = False) -> Path:
+@contextmanager
+def _with_others() -> Iterator[None]:
+    """Turns what torch says of a lost connection into one clear error."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and not any(w in str(e) for w in LOST):
+            raise
+        text = f"another device is gone ({str(e).splitlines()[0][:100]}); start again with --resume"
+        raise RunError("E530", f"{text}, with a new plan if it does not come back") from None
+
+
+def launch(
+    config: RunConfig, plan: Plan, *, device: str | None = None, resume: bool = False, silent: bool = False
+) -> Path:
     """What `torchrun ... -m contextlora launch` does on each device. Returns the adapter's folder.
 
     Args:
         config: the run; its data and base model must lie on every device.
         plan: for this run.
         device: which of the plan's devices this is; None takes the one of this process's rank.
+        resume: go on after the last stage that any of the devices has kept.
         silent: no progress bar.
+
+    Raises:
+        PlanError: E408 not started by torchrun, or by another number of devices. Otherwise as `train_planned`.
     """
     refuse_a_rival(config.train)
     if "RANK" not in os.environ:
@@ -161,6 +210,7 @@ def launch(config: RunConfig, plan: Plan, *, device: str | None = None, silent: 
                 data=config.data,
                 out=config.out,
                 config=config.train,
+                resume=resume,
                 features=session.reader,
                 tracker=tracker,
             )

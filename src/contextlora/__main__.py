@@ -1,0 +1,5 @@
+"""`python -m contextlora`, which torchrun needs."""
+
+from contextlora.cli import main
+
+main()
