@@ -1,0 +1,231 @@
+"""The exact planner: of all plans that `plan` can say, the one that `cost` gives the least seconds.
+
+Stages are planned one by one. A stage takes the longest of its groups, or, on a shared medium, all their air, if that
+is longer. So a plan of less than T seconds exists if and only if the tasks can be divided among disjoint sets of
+devices such that every group takes less than T and their least air by groups of less than T adds up to less than T.
+`divide.least_air` decides that for sets of devices by dynamic programming. The search asks it of bounds (see
+`options`), to learn which unexplored groups can still matter, and explores those, until none can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from contextlora.errors import PlanError
+from contextlora.gear import explore
+from contextlora.gear.cost import Problem, exchange, predict
+from contextlora.gear.divide import Counts, fewest, least_air, minus, parts
+from contextlora.gear.options import Cell, Options, Prefixes
+from contextlora.gear.plan import Group, Plan, PlannedGroup, PlannedStage
+from contextlora.gear.recover import group_of
+from contextlora.gear.rings import Rings
+from contextlora.gear.shortfall import nothing_fits
+from contextlora.gear.tables import Array, Bytes, Pace, Sets
+from contextlora.gear.work import TaskLoad
+
+EQUAL = 1e-12  # relative; sums of the same seconds in another order differ less
+MOST_DEVICES = 12  # sets of devices double with each
+
+
+def exact(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8)) -> Plan:
+    """Plans a training in the least seconds that the model of `cost` allows.
+
+    Args:
+        sizes: of micro-batches, k, to choose from.
+
+    Raises:
+        PlanError: E406 where nothing fits the devices' memory, E408 for more devices than can be searched.
+    """
+    names = list(problem.fleet.devices)
+    if len(names) > MOST_DEVICES:
+        text = f"the exact planner takes up to {MOST_DEVICES} devices, got {len(names)}; use algorithm2"
+        raise PlanError("E408", text)
+    search = _Search(problem, sorted(set(sizes)))
+    stages = tuple(search.stage(tasks) for tasks in problem.work.stages)
+    seconds = sum(s.seconds for s in stages)
+    profile = problem.any_profile
+    synthetic = problem.fleet.synthetic or any(p.synthetic for p in problem.profiles.values())
+    return Plan(
+        planner="exact",
+        fleet=problem.fleet.name,
+        model=profile.model,
+        units=problem.units,
+        stages=stages,
+        seconds=seconds,
+        synthetic=synthetic,
+    )
+
+
+class _Search:
+    """What all stages share."""
+
+    def __init__(self, problem: Problem, sizes: Sequence[int]):
+        self.problem, self.sizes = problem, sizes
+        most = max(len(s) for s in problem.work.stages) * problem.work.batch
+        self.sets, self.bytes = Sets(len(problem.fleet.devices)), Bytes(problem)
+        self.paces = [Pace(problem, k) for k in sizes if k <= most]
+        self.rings = Rings(problem.fleet)
+        lowest = min(problem.work.lowest, problem.units - 1)
+        self.prefixes = {p.k: Prefixes.of(self.bytes, p, self.sets, lowest) for p in self.paces} if lowest else {}
+
+    def stage(self, tasks: Sequence[TaskLoad]) -> PlannedStage:
+        """Plans one stage."""
+        groups = [PlannedGroup(group=g, predicted=predict(self.problem, g)) for g in _Stage(self, tasks).groups()]
+        longest = max(g.predicted.seconds for g in groups)
+        if self.problem.fleet.shared:
+            longest = max(longest, sum(g.predicted.air for g in groups))
+        given = exchange(self.problem, [t.name for t in tasks])
+        return PlannedStage(groups=tuple(groups), exchange=given, seconds=longest + given)
+
+
+class _Stage:
+    """The search for one stage's groups.
+
+    Attributes:
+        best: seconds of the best plan so far.
+    """
+
+    def __init__(self, search: _Search, tasks: Sequence[TaskLoad]):
+        self.search, self.sets, self.problem = search, search.sets, search.problem
+        self.kinds: dict[tuple[int, int, int], list[TaskLoad]] = {}
+        for t in tasks:
+            self.kinds.setdefault((t.samples, t.ranks, t.active), []).append(t)
+        self.all: Counts = tuple(len(same) for same in self.kinds.values())
+        self.options = {c: self._options(c) for c in parts(self.all)}
+        self.cells: dict[Counts, list[Cell]] = {c: [] for c in self.options}
+        self.best = np.inf
+
+    def _options(self, counts: Counts) -> Options:
+        s = self.search
+        tasks = [t for n, same in zip(counts, self.kinds.values(), strict=True) for t in same[:n]]
+        return Options(s.bytes, s.paces, s.sets, s.prefixes, tasks, s.rings, counts == self.all)
+
+    def groups(self) -> list[Group]:
+        """The best groups."""
+        for o in self.options.values():
+            explore.without_prefix(o)
+        self._improve()
+        every = np.full(self.sets.full + 1, True)
+        for c, o in self.options.items():
+            if o.lowest:
+                explore.streamed_without_pipeline(o, self.best, every)
+            self._improve()
+            if self.sets.devices > 1:
+                for k in o.cases:
+                    self._begin(c, o, k, every)
+                    self._improve()
+        while self._refine():
+            pass
+        if np.isinf(self.best):
+            raise nothing_fits(self.problem, [t for same in self.kinds.values() for t in same], self.search.sizes)
+        return self._build()
+
+    # --- exploring ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, counts: Counts, o: Options, k: int, useful: Array) -> None:
+        """The first cell: as a group's seconds are at least those of all its micro-batches on the slowest stage."""
+        case = o.cases[k]
+        taus = case.pace.taus
+        most = self.best / float((case.steps * case.micro).sum())
+        last = min(len(taus), int(np.searchsorted(taus, most, side="right"))) - 1
+        if last >= 0:
+            probe = o.pipelines[k].probe(float(taus[last]))
+            made = explore.cell(o, k, (0, last), probe, None, self._limit(), useful)
+            self.cells[counts].append(made)
+
+    def _limit(self) -> float:
+        """What a plan must stay below to be better."""
+        return self.best * (1 - EQUAL)
+
+    def _refine(self) -> bool:
+        """Splits the most promising cells. False if no unexplored group can make a better plan."""
+        limit = self._limit()
+        lowest = {c: self._least_air(c, limit, bounds=True) for c in self.options}
+        air = least_air(self.sets, self.all, lowest)
+        if not air[self.all][self.sets.full] < limit:
+            return False
+        found: list[tuple[float, int, Counts, Cell]] = []
+        for c, o in self.options.items():
+            rest = air[minus(self.all, c)][::-1]  # on the devices that are left
+            known = self._least_air(c, limit)
+            kept = []
+            for cell in self.cells[c]:
+                own = o.air[o.part[cell.k], None]
+                possible = (cell.lower < limit) & (own + rest < limit)
+                if possible.any():
+                    kept.append(cell)
+                    possible &= own < known
+                    if cell.first < cell.last and possible.any():
+                        found.append((float(cell.lower[possible].min()), len(found), c, cell))
+            self.cells[c] = kept
+        found.sort(key=lambda f: f[:2])
+        for _, _, c, cell in found[: 1 + len(found) // 4]:
+            rest = air[minus(self.all, c)][::-1]
+            self._split(c, cell, rest < limit)
+        self._improve()
+        return bool(found)
+
+    def _split(self, counts: Counts, cell: Cell, useful: Array) -> None:
+        o, middle = self.options[counts], (cell.first + cell.last) // 2
+        probe = o.pipelines[cell.k].probe(float(o.cases[cell.k].pace.taus[middle]))
+        limit = self._limit()
+        below = cell.below
+        self.cells[counts].remove(cell)
+        self.cells[counts] += [
+            explore.cell(o, cell.k, (cell.first, middle), probe, below, limit, useful),
+            explore.cell(o, cell.k, (middle + 1, cell.last), cell.probe, probe, limit, useful),
+        ]
+
+    # --- dividing ----------------------------------------------------------------------------------------------------
+
+    def _least_air(self, counts: Counts, limit: float, bounds: bool = False, inclusive: bool = False) -> Array:
+        """The least air of a group that takes less than `limit`, by the devices that it may use; inf for none."""
+        o = self.options[counts]
+        seconds = o.seconds
+        if bounds:
+            seconds = seconds.copy()
+            for cell in self.cells[counts]:
+                seconds[o.part[cell.k]] = np.minimum(seconds[o.part[cell.k]], cell.lower)
+        fast = seconds <= limit if inclusive else seconds < limit
+        return self.sets.within(np.where(fast, o.air[:, None], np.inf).min(0, initial=np.inf))
+
+    def _improve(self) -> None:
+        """Finds the best plan of the groups known: the least T, of all groups' seconds, that their air allows."""
+        if not self._total(self._limit(), inclusive=False) < self._limit():
+            return
+        every = np.concatenate([o.seconds[o.seconds < self.best] for o in self.options.values()])
+        values = np.unique(every)
+        low, high = 0, len(values) - 1  # the smallest index whose air fits within
+        while low < high:
+            middle = (low + high) // 2
+            if self._total(float(values[middle])) <= values[middle]:
+                high = middle
+            else:
+                low = middle + 1
+        best = max(float(values[low]), self._total(float(values[low])))
+        if low:  # faster groups only, which then wait for the medium
+            best = min(best, self._total(float(values[low - 1])))
+        self.best = min(self.best, best)
+
+    def _total(self, limit: float, inclusive: bool = True) -> float:
+        least = {c: self._least_air(c, limit, inclusive=inclusive) for c in self.options}
+        return float(least_air(self.sets, self.all, least)[self.all][self.sets.full])
+
+    # --- the plan ----------------------------------------------------------------------------------------------------
+
+    def _build(self) -> list[Group]:
+        """The groups of the best plan; of several, one with the fewest devices among those that were explored."""
+        limit = self.best * (1 + EQUAL)
+        quick = {c: np.where(o.seconds <= limit, o.air[:, None], np.inf) for c, o in self.options.items()}
+        by_mask = {c: q.min(0, initial=np.inf) for c, q in quick.items()}
+        left, groups = [list(same) for same in self.kinds.values()], []
+        for counts, mask in fewest(self.sets, self.all, by_mask, limit):
+            o, tasks = self.options[counts], [t.name for n, same in zip(counts, left, strict=True) for t in same[:n]]
+            left = [same[n:] for n, same in zip(counts, left, strict=True)]
+            slot = min(
+                np.flatnonzero(quick[counts][:, mask] <= by_mask[counts][mask]), key=lambda s: (o.seconds[s, mask], s)
+            )
+            groups.append(group_of(self.problem, o, int(slot), mask, tuple(tasks), limit))
+        return groups

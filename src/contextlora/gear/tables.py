@@ -1,0 +1,213 @@
+"""What the exact planner looks up: seconds and bytes of every run of units on every device, and sets of devices.
+
+The numbers are those of `cost`, laid out as arrays. A set of devices is a bit mask in declared order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from contextlora.gear.cost import HELD, LEARNING, QUEUE, Problem
+from contextlora.gear.work import TaskLoad
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Sets:
+    """All sets of D devices.
+
+    Attributes:
+        of_size: masks by number of devices.
+        place: position of each mask among those of its size.
+        big, small: all pairs with small a subset of big, sorted by big.
+        begin: where each big one's pairs begin.
+    """
+
+    def __init__(self, devices: int):
+        self.devices, self.full = devices, (1 << devices) - 1
+        masks = np.arange(1 << devices)
+        self.count = np.array([int(m).bit_count() for m in masks])
+        self.of_size = [masks[self.count == n] for n in range(devices + 1)]
+        self.place = np.zeros_like(masks)
+        for found in self.of_size:
+            self.place[found] = np.arange(len(found))
+        inside = [np.array([s for s in range(m + 1) if s & m == s]) for m in range(1 << devices)]
+        self.big = np.repeat(masks, [len(i) for i in inside])
+        self.small = np.concatenate(inside)
+        self.begin = np.concatenate([[0], np.cumsum([len(i) for i in inside])[:-1]])
+        self.member = (masks[:, None] >> np.arange(devices)) & 1 == 1
+
+    def add(self, size: int, device: int) -> tuple[Array, Array]:
+        """Positions of the sets of `size` without a device, and of the same sets with it."""
+        without = self.of_size[size][~self.member[self.of_size[size], device]]
+        return self.place[without], self.place[without | 1 << device]
+
+    def within(self, values: Array) -> Array:
+        """The least value over all subsets of each set; sets are the last axis."""
+        best = values.copy()
+        for d in range(self.devices):
+            has = np.flatnonzero(self.member[:, d])
+            best[..., has] = np.minimum(best[..., has], best[..., has ^ 1 << d])
+        return best
+
+
+class Bytes:
+    """Bytes of every run of units [i, j), each (units, units + 1).
+
+    They are whole numbers far below 2**53, so that sums in any order are exact and agree with `cost.memory_of`.
+    """
+
+    def __init__(self, problem: Problem):
+        work, units = problem.work, problem.any_profile.units
+        self.problem = problem
+        trained = range(work.lowest, work.highest + 1)
+        self.weights = _spans([u.weights for u in units])
+        self.width = _spans([u.width if i in trained else 0 for i, u in enumerate(units)])
+        self.saved = _spans([u.saved if i >= work.lowest else 0 for i, u in enumerate(units)])
+        self.moment = np.zeros_like(self.saved)
+        for i in range(len(units)):
+            self.moment[i, i + 1 :] = list(accumulate((u.saved for u in units[i:]), max))
+        devices = problem.fleet.devices.values()
+        self.room = np.array([d.memory - d.reserved for d in devices])
+
+    def needed(self, tasks: Sequence[TaskLoad], k: int, in_flight: int, kept: float = 0.0) -> Array:
+        """Bytes beside `reserved` of a part [i, j) that trains `tasks`, or of a prefix where there are none."""
+        learns = sum(t.ranks for t in tasks)
+        held = max(0, max((t.active for t in tasks), default=0) - learns)
+        moment = self.moment + self.problem.any_profile.cut
+        return (
+            self.weights + self.width * (LEARNING * learns + HELD * held) + k * (in_flight * self.saved + moment) + kept
+        )
+
+    def reach(self, needed: Array) -> Array:
+        """The last j for which [i, j) fits on each device, i where none does: (devices, units). Bytes grow with j."""
+        n = len(needed)
+        after = np.arange(n + 1) > np.arange(n)[:, None]
+        fits = (needed <= self.room[:, None, None]) & after
+        reached: Array = np.arange(n) + fits.sum(-1)
+        return reached
+
+
+def _spans(values: Sequence[float]) -> Array:
+    ends = np.concatenate([[0.0], np.cumsum(values)])
+    spans: Array = np.maximum(ends[None, :] - ends[:-1, None], 0.0)
+    return spans
+
+
+class Pace:
+    """Seconds with micro-batches of k samples.
+
+    Attributes:
+        forward: of units [0, j), (devices, units + 1).
+        both: forward and backward.
+        hop, late: seconds that a micro-batch's hidden states take from device to device, and their delay.
+        taus: all values that the slowest stage, or dedicated link, of a pipeline can have, ascending.
+    """
+
+    def __init__(self, problem: Problem, k: int):
+        self.problem, self.k = problem, k
+        names, ends = list(problem.fleet.devices), range(problem.units + 1)
+        self.forward = np.array([[problem.forward(d, 0, j, k) for j in ends] for d in names])
+        self.both = self.forward + np.array([[problem.backward(d, 0, j, k) for j in ends] for d in names])
+        fleet, size = problem.fleet, problem.cut(k)
+        self.hop = np.array([[fleet.airtime(a, b, size) for b in names] for a in names])
+        self.late = np.array([[fleet.delay(a, b) for b in names] for a in names])
+        self.shared = fleet.shared
+        self.medium = float(self.hop.max()) if self.shared else 0.0  # one value for all pairs
+
+    @cached_property
+    def spans(self) -> Array:
+        """Seconds of units [i, j) forward and backward, (devices, units, units + 1); negative where j < i."""
+        return self.both[:, None, :] - self.both[:, :-1, None]
+
+    @cached_property
+    def taus(self) -> Array:
+        """See the class."""
+        n = self.spans.shape[1]
+        after = np.arange(n + 1) > np.arange(n)[:, None]
+        stages = self.spans[:, after].ravel()
+        return np.unique(stages if self.shared else np.concatenate([stages, self.hop.ravel()]))
+
+    def within(self, tau: float) -> Array:
+        """The last j for which [i, j) takes at most tau on each device, (devices, units)."""
+        n = self.spans.shape[1]
+        after = np.arange(n + 1) > np.arange(n)[:, None]
+        reached: Array = np.arange(n) + ((self.spans <= tau) & after).sum(-1)
+        return reached
+
+
+class Case:
+    """Some tasks that train in one group with micro-batches of one size.
+
+    Attributes:
+        steps, micro: of every run of equal steps, n_r and M_r.
+        fresh: by whether there is a cache, micro-batches of such a step that begin at the data, F_r.
+        waiting, cached: bytes that a first trainer keeps for a streamed prefix, and for a cache.
+        full: micro-batches of a step in which all tasks are active.
+    """
+
+    def __init__(self, size: Bytes, pace: Pace, tasks: Sequence[TaskLoad]):
+        self.bytes, self.pace, self.tasks, self.k = size, pace, tasks, pace.k
+        problem = size.problem
+        work, k = problem.work, pace.k
+        runs = work.intervals(tasks)
+        self.steps = np.array([n for n, _, _ in runs], dtype=float)
+        self.micro = np.array([math.ceil(active * work.batch / k) for _, active, _ in runs])
+        first = np.array([math.ceil(first * work.batch / k) for _, _, first in runs])
+        self.fresh = {False: self.micro, True: np.minimum(first, self.micro)}
+        self.waiting = QUEUE * problem.cut(k)
+        self.cached = problem.cut(1) * sum(t.samples for t in tasks)
+        self.full = math.ceil(len(tasks) * work.batch / k)
+
+    def reach(self, stages: int, kept: float = 0.0) -> Array:
+        """How far a stage reaches that is the first of `stages`: in 1F1B it waits for that many backward passes."""
+        return self.bytes.reach(self.bytes.needed(self.tasks, self.k, min(stages, self.full), kept))
+
+    def seconds(self, fill: Array, slowest: Array | float) -> Array:
+        """Sum over steps of fill + (M - 1) slowest."""
+        steps, micro = float(self.steps.sum()), float((self.steps * (self.micro - 1)).sum())
+        total: Array = steps * fill + micro * slowest
+        return total
+
+
+def deal_all(count: int, seconds: Array) -> Array:
+    """Seconds until `count` equal pieces are done by workers on the last axis, dealt as `plan.deal` does; inf: absent.
+
+    Within T = count / sum(1 / seconds), no more than `count` pieces can be done, and the best deal takes no less: so
+    every worker gets the floor(T / seconds) pieces that it finishes by then, and the few that are left go one by one.
+    """
+    if count == 0:
+        return np.zeros(seconds.shape[:-1])
+    each = np.maximum(seconds, 1e-30)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = count / (1 / each).sum(-1)
+        dealt = np.where(np.isinf(each) | np.isinf(least)[..., None], 0.0, np.floor(least[..., None] / each))
+        done = np.where(dealt > 0, dealt * each, 0.0).max(-1)
+        left = count - dealt.sum(-1)
+        rows = np.arange(done.size)
+        each, dealt, done, left = each.reshape(done.size, -1), dealt.reshape(done.size, -1), done.ravel(), left.ravel()
+        while left.max() > 0:
+            ends = each * (dealt + 1)
+            to = ends.argmin(-1)
+            more = left > 0
+            done = np.where(more, np.maximum(done, ends[rows, to]), done)
+            dealt[rows[more], to[more]] += 1
+            left = left - more
+    found: Array = done.reshape(seconds.shape[:-1])
+    return found
+
+
+def bits(mask: int) -> list[int]:
+    """Members of a set, in declared order."""
+    return [d for d in range(mask.bit_length()) if mask >> d & 1]
+
+
+def mask_of(members: Iterable[int]) -> int:
+    """The set of some members."""
+    return sum(1 << d for d in members)
