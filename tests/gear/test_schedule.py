@@ -180,6 +180,18 @@ def test_fresh_micro_batches_are_spread():
     assert schedule(p, g, 8, 0).ops["d1"] == ()
 
 
+def test_micro_batches_go_round_in_the_order_in_which_trainers_need_them():
+    p = small.problem(3, 6, seed=4)
+    one = p.fleet.devices["d0"].model_copy(update={"speed": 1.0})
+    for speeds, wanted in (((1.0, 1.0), [[0, 2], [1, 3]]), ((1.0, 0.5), [[0, 2, 3], [1]])):
+        for name, speed in zip(("d1", "d2"), speeds, strict=True):
+            p.fleet.devices[name] = one.model_copy(update={"speed": speed})
+        prefix = {"prefix": [("d0", 0, 2)], "ahead": "streamed", "cut": 2}
+        plan = schedule(p, groups.group("data", ("d1", 2, 6), ("d2", 2, 6), **prefix), 4)
+        assert [[op.micro for op in plan.ops[d] if op.kind is Kind.TAKE] for d in ("d1", "d2")] == wanted
+        assert [op.micro for op in plan.ops["d0"] if op.kind is Kind.SEND] == [0, 1, 2, 3]
+
+
 def test_torch_csv():
     p = small.problem(2, 6, lowest=1, seed=4)
     g = groups.group("pipeline", ("d0", 0, 3), ("d1", 3, 6))

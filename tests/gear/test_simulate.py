@@ -209,6 +209,17 @@ def test_nobody_does_two_things_at_once_and_bytes_are_those_of_the_cost_model(se
     assert trace == simulate(p, [g], 3)
 
 
+def test_a_step_ends_when_all_that_was_sent_has_left():
+    """As the runtime waits for its sends: a forward-only first stage does not begin the next step before."""
+    p = groups.rewired(small.problem(2, 6, lowest=3, seed=2), rate=1e6, delay=0.0)
+    g = groups.group("pipeline", ("d0", 0, 2), ("d1", 2, 6), size=1)
+    trace = simulate(p, [g], 2)
+    left = max(e.end for e in trace.events if e.place == MEDIUM and e.step == 0)
+    begun = min(e.start for e in trace.events if e.place == "d0" and e.step == 1)
+    made = max(e.end for e in trace.events if e.place == "d0" and e.step == 0)
+    assert made < left <= begun
+
+
 # --- measured --------------------------------------------------------------------------------------------------------
 
 
