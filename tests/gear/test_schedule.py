@@ -11,7 +11,7 @@ import small
 
 from contextlora.errors import PlanError
 from contextlora.gear.cost import QUEUE
-from contextlora.gear.schedule import COMPUTE, Kind, schedule, torch_csv
+from contextlora.gear.schedule import COMPUTE, Kind, pipeline_csv, schedule, torch_csv
 
 SEEDS = range(60)
 SENDS = {Kind.SEND: Kind.RECEIVE, Kind.SEND_GRADIENT: Kind.RECEIVE_GRADIENT}
@@ -198,6 +198,7 @@ def test_torch_csv():
     first, second = torch_csv(schedule(p, g, 3, hoist=1)).splitlines()
     assert first == "0F0,0SEND_F0,0RECV_B0,0F1,0SEND_F1,0B0,0RECV_B1,0F2,0SEND_F2,0RECV_B2,0B1,0B2"
     assert second == "1RECV_F0,1F0,1RECV_F1,1B0,1SEND_B0,1F1,1RECV_F2,1B1,1SEND_B1,1F2,1B2,1SEND_B2"
+    assert pipeline_csv(g, 7, p.work.lowest) == torch_csv(schedule(p, g, 7))
     with pytest.raises(PlanError, match="E405"):
         torch_csv(schedule(p, groups.group("data", ("d0", 0, 6), ("d1", 0, 6)), 4))
 

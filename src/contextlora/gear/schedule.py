@@ -89,7 +89,7 @@ def schedule(
         if group.form == "data":
             ops[part.device] = _alone(part.device, maker, taker)
         else:
-            ops[part.device] = _stage(problem, group, place, maker, hoist, extra)
+            ops[part.device] = _stage(group, place, maker, problem.work.lowest, hoist, extra)
     return Schedule(group, new, ops)
 
 
@@ -105,6 +105,14 @@ def torch_csv(plan: Schedule) -> str:
     for stage, part in enumerate(plan.group.trainers):
         rows.append(",".join(f"{stage}{op.kind}{op.micro}" for op in plan.ops[part.device] if op.kind in TORCH))
     return "\n".join(rows) + "\n"
+
+
+def pipeline_csv(group: Group, micro: int, lowest: int) -> str:
+    """`torch_csv` of a pipeline's step, from what its trainers know: all but profiles."""
+    made_here = [""] * micro  # or taken from a queue, which is no part of the CSV
+    parts = enumerate(group.trainers)
+    ops = {p.device: _stage(group, place, made_here, lowest, HOIST, 0) for place, p in parts}
+    return torch_csv(Schedule(group, (True,) * micro, ops))
 
 
 # --- who has which micro-batch ---------------------------------------------------------------------------------------
@@ -151,12 +159,12 @@ def _alone(name: str, maker: Sequence[str], taker: Sequence[str]) -> tuple[Op, .
     return (*ops, Op(Kind.REDUCE), Op(Kind.UPDATE))
 
 
-def _stage(problem: Problem, group: Group, place: int, maker: Sequence[str], hoist: int, extra: int) -> tuple[Op, ...]:
+def _stage(group: Group, place: int, maker: Sequence[str], lowest: int, hoist: int, extra: int) -> tuple[Op, ...]:
     """Of one stage of a pipeline; a single trainer is its only stage."""
     part, last, micro = group.trainers[place], len(group.trainers) - 1, len(maker)
     below = group.trainers[place - 1].device if place else ""
     above = group.trainers[place + 1].device if place < last else ""
-    learns, owes = problem.returns(part.stop), bool(below) and problem.returns(part.start)
+    learns, owes = part.stop > lowest, place > 0 and part.start > lowest
     held = last + 1 - place + (extra if above else 0)  # the last stage's backward waits for nobody
     computes = _alternate(micro, min(held, micro)) if learns else _forwards(micro)
     ops = list[Op]()
