@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import small
@@ -77,7 +77,7 @@ def brute(p, sizes):
     """The least seconds of any plan; inf where nothing fits."""
     names = tuple(p.fleet.devices)
 
-    @lru_cache(maxsize=None)
+    @cache
     def options(tasks, devices):
         """(seconds, air) of all groups that fit, without those that another one beats in both."""
         found = set()
@@ -124,7 +124,10 @@ def drawn(seed):
     rate = r.choice([(2e6, 40e6), (2e5, 4e6), (1e8, 1e9)])
     fleet = small.fleet(devices, seed=seed, memory=memory, shared=shared, rate=rate)
     same = r.random() < 0.4
-    loads = [TaskLoad(f"t{i}", 8 if same else r.choice([5, 8, 12]), r.choice([4, 4, 400]), 4 + 4 * r.randint(0, 2)) for i in range(tasks)]
+    loads = [
+        TaskLoad(f"t{i}", 8 if same else r.choice([5, 8, 12]), r.choice([4, 4, 400]), 4 + 4 * r.randint(0, 2))
+        for i in range(tasks)
+    ]
     cut = r.randint(0, tasks - 1) if r.random() < 0.4 else 0
     stages = tuple(tuple(s) for s in (loads[:cut], loads[cut:]) if s)
     work = Work(stages, r.choice([2, 3, 4]), r.choice([1, 2, 3]), r.randint(0, units - 2), units - 2)
