@@ -222,7 +222,7 @@ def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict
     k, to = g.size, g.trainers[0].device
     each = [p.forward(part.device, 0, g.cut, k) for part in g.prefix]
     hops = [p.fleet.airtime(part.device, to, p.cut(k)) for part in g.prefix]
-    paces = [pace(p, g, part, fresh) for part in g.prefix]
+    paces = [pace(p, g, part) for part in g.prefix]
     dealt = deal(fresh, paces)
     for part, count, seconds in zip(g.prefix, dealt, each, strict=True):
         busy[part.device] += count * seconds
@@ -232,13 +232,13 @@ def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict
     return _Share(slowest, sum(c * h for c, h in zip(dealt, hops, strict=True)), first)
 
 
-def pace(p: Problem, g: Group, part: Part, micro: int) -> float:
-    """Seconds from one micro-batch of a prefix's device to its next: it computes one while another is on its way."""
-    to = g.trainers if g.form == "data" else g.trainers[:1]
-    dealt = deal(micro, [there_and_back(p, t, g) for t in to])
-    seconds, size = p.forward(part.device, 0, g.cut, g.size), p.cut(g.size)
-    slower = [max(seconds, p.fleet.airtime(part.device, t.device, size)) for t in to]
-    return sum(c * s for c, s in zip(dealt, slower, strict=True)) / max(1, micro)
+def pace(p: Problem, g: Group, part: Part) -> float:
+    """Seconds from one micro-batch of a prefix's device to its next: it computes one while another is on its way.
+
+    Data-parallel trainers count as if all sat behind the first one's link, which is exact on a shared medium only.
+    """
+    hop = p.fleet.airtime(part.device, g.trainers[0].device, p.cut(g.size))
+    return max(p.forward(part.device, 0, g.cut, g.size), hop)
 
 
 # --- a group's stage -------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def _makers(problem: Problem, group: Group, fresh: Sequence[bool]) -> list[str]:
     """By micro-batch, the device of the prefix that makes it, "" for none: in the order in which they would be done."""
     if not group.prefix:
         return [""] * len(fresh)
-    each = [pace(problem, group, p, len(fresh)) for p in group.prefix]
+    each = [pace(problem, group, p) for p in group.prefix]
     done = [((j + 1) * each[i], i) for i, count in enumerate(deal(sum(fresh), each)) for j in range(count)]
     order = iter(sorted(done))
     return [group.prefix[next(order)[1]].device if new else "" for new in fresh]
