@@ -123,8 +123,10 @@ class _Splits:
     def _c(self, training: int, frozen: Sequence[int], first: int, cut: int) -> float:
         """C of a step, max of C_T and C_F, for the best Q_t that begins on `first`."""
         c_t = self.case.full * float(self._stage(training, first, cut, bool(cut)).min())
+        if not frozen:
+            return c_t
         each = [float(self.pace.forward[d, cut] + self.hops[d, first]) for d in frozen]
-        return max(c_t, *(n * s for n, s in zip(deal(self.case.full, each), each, strict=True)), 0.0)
+        return max(c_t, *(n * s for n, s in zip(deal(self.case.full, each), each, strict=True)))
 
     def _stage(self, mask: int, device: int, start: int, behind: bool = False) -> Array:
         """The largest sum, by where a first stage on a device ends, of it and all that follow: (units + 1,)."""

@@ -150,7 +150,7 @@ class _Stage:
         for c, o in self.options.items():
             rest = air[minus(self.all, c)][::-1]  # on the devices that are left
             known = self._least_air(c, limit)
-            kept = []
+            kept: list[Cell] = []
             for cell in self.cells[c]:
                 own = o.air[o.part[cell.k], None]
                 possible = (cell.lower < limit) & (own + rest < limit)
@@ -163,6 +163,7 @@ class _Stage:
         found.sort(key=lambda f: f[:2])
         for _, _, c, cell in found[: 1 + len(found) // 4]:
             rest = air[minus(self.all, c)][::-1]
+            self.cells[c].remove(cell)
             self._split(c, cell, rest < limit)
         self._improve()
         return bool(found)
@@ -171,10 +172,8 @@ class _Stage:
         o, middle = self.options[counts], (cell.first + cell.last) // 2
         probe = o.pipelines[cell.k].probe(float(o.cases[cell.k].pace.taus[middle]))
         limit = self._limit()
-        below = cell.below
-        self.cells[counts].remove(cell)
         self.cells[counts] += [
-            explore.cell(o, cell.k, (cell.first, middle), probe, below, limit, useful),
+            explore.cell(o, cell.k, (cell.first, middle), probe, cell.below, limit, useful),
             explore.cell(o, cell.k, (middle + 1, cell.last), cell.probe, probe, limit, useful),
         ]
 

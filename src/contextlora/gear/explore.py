@@ -59,15 +59,14 @@ def streamed_without_pipeline(o: Options, limit: float, useful: Array) -> None:
             slot = o.base[k, kind, 1] + (0 if o.shared else d) + 0 * d
             rows = Rows(slot, 1 << d, d, at, 0.0 * step, step, step)
             stream(o, case, o.prefixes[k], rows, cached, limit, useful)
-        for at in range(o.lowest):
-            for masks, step in _data(o, case, at + 1):
-                n = int(masks[0]).bit_count()
-                air = 0.0 * step + (o.rings.best(int(masks[0]), o.slice)[1])
-                for to in [0] if o.shared else range(o.sets.devices):
-                    has = np.full(len(masks), True) if o.shared else o.sets.member[masks, to]
-                    slot = np.full(len(masks), o.base[k, "data streamed", n])
-                    rows = Rows(slot, masks, 0 * masks + to, 0 * masks + at, air, step, step).pick(np.flatnonzero(has))
-                    stream(o, case, o.prefixes[k], rows, False, limit, useful)
+        for cut in range(1, o.lowest + 1):
+            for masks, step in _data(o, case, cut):
+                size, each = int(masks[0]).bit_count(), np.arange(len(masks))
+                which, to = (each, 0 * each) if o.shared else np.nonzero(o.sets.member[masks])  # who receives
+                slot = 0 * which + o.base[k, "data streamed", size]
+                air = 0.0 * step[:, which] + o.rings.best(int(masks[0]), o.slice)[1]
+                rows = Rows(slot, masks[which], to, 0 * which + cut - 1, air, step[:, which], step[:, which])
+                stream(o, case, o.prefixes[k], rows, False, limit, useful)
 
 
 def stream(

@@ -20,7 +20,7 @@ import numpy as np
 
 from contextlora.gear.pipelines import CACHED, WAITING, Pipelines, Probe
 from contextlora.gear.rings import Rings
-from contextlora.gear.tables import Array, Bytes, Case, Pace, Sets, deal_all
+from contextlora.gear.tables import Array, Bytes, Case, Pace, Sets, bits, deal_all
 from contextlora.gear.work import TaskLoad
 
 STREAMED = {"streamed": (False, WAITING), "cached": (True, CACHED)}
@@ -159,6 +159,10 @@ class Options:
         else:
             own = case.micro * self.medium(s.k, s.stages)[s.x]
         return float((case.steps * (own + fresh)).sum())
+
+    def able(self, k: int, prefix: int, cut: int) -> list[int]:
+        """Devices of a prefix that can hold it."""
+        return [d for d in bits(prefix) if np.isfinite(self.prefixes[k].each[0, 1 << d, cut - 1, d])]
 
     def medium(self, k: int, stages: int) -> Array:
         """Seconds that a micro-batch's hops occupy a shared medium, by x, hops without gradients; 0 on links."""

@@ -27,8 +27,7 @@ def group_of(problem: Problem, o: Options, slot: int, mask: int, tasks: tuple[st
         else:
             stages = _stages(o, slot, mask, cut)
     form = "data" if s.kind.startswith("data") else "pipeline" if len(stages) > 1 else "single"
-    unused = bits(mask ^ trainers) if ahead == "streamed" else []
-    able = [d for d in unused if np.isfinite(o.prefixes[s.k].each[0, 1 << d, cut - 1, d])]
+    able = o.able(s.k, mask ^ trainers, cut) if cut and s.kind != "local" else []
     made = Group.model_validate(
         {
             "tasks": tasks,

@@ -50,7 +50,7 @@ class Sets:
 
     def within(self, values: Array) -> Array:
         """The least value over all subsets of each set; sets are the last axis."""
-        best = values.copy()
+        best: Array = values.copy()
         for d in range(self.devices):
             has = np.flatnonzero(self.member[:, d])
             best[..., has] = np.minimum(best[..., has], best[..., has ^ 1 << d])
@@ -81,9 +81,9 @@ class Bytes:
         learns = sum(t.ranks for t in tasks)
         held = max(0, max((t.active for t in tasks), default=0) - learns)
         moment = self.moment + self.problem.any_profile.cut
-        return (
-            self.weights + self.width * (LEARNING * learns + HELD * held) + k * (in_flight * self.saved + moment) + kept
-        )
+        blocks = self.width * (LEARNING * learns + HELD * held)
+        needed: Array = self.weights + blocks + k * (in_flight * self.saved + moment) + kept
+        return needed
 
     def reach(self, needed: Array) -> Array:
         """The last j for which [i, j) fits on each device, i where none does: (devices, units). Bytes grow with j."""
@@ -124,7 +124,8 @@ class Pace:
     @cached_property
     def spans(self) -> Array:
         """Seconds of units [i, j) forward and backward, (devices, units, units + 1); negative where j < i."""
-        return self.both[:, None, :] - self.both[:, :-1, None]
+        spans: Array = self.both[:, None, :] - self.both[:, :-1, None]
+        return spans
 
     @cached_property
     def taus(self) -> Array:
@@ -177,30 +178,28 @@ class Case:
 
 
 def deal_all(count: int, seconds: Array) -> Array:
-    """Seconds until `count` equal pieces are done by workers on the last axis, dealt as `plan.deal` does; inf: absent.
+    """Seconds until `count` equal pieces are done by workers on the last axis, dealt as by `plan.deal`; inf: absent.
 
     Within T = count / sum(1 / seconds), no more than `count` pieces can be done, and the best deal takes no less: so
     every worker gets the floor(T / seconds) pieces that it finishes by then, and the few that are left go one by one.
+    Where nobody is there, one piece waits for ever.
     """
     if count == 0:
         return np.zeros(seconds.shape[:-1])
-    each = np.maximum(seconds, 1e-30)
+    each = np.maximum(seconds, 1e-30).reshape(-1, seconds.shape[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
         least = count / (1 / each).sum(-1)
-        dealt = np.where(np.isinf(each) | np.isinf(least)[..., None], 0.0, np.floor(least[..., None] / each))
-        done = np.where(dealt > 0, dealt * each, 0.0).max(-1)
-        left = count - dealt.sum(-1)
-        rows = np.arange(done.size)
-        each, dealt, done, left = each.reshape(done.size, -1), dealt.reshape(done.size, -1), done.ravel(), left.ravel()
-        while left.max() > 0:
-            ends = each * (dealt + 1)
-            to = ends.argmin(-1)
-            more = left > 0
-            done = np.where(more, np.maximum(done, ends[rows, to]), done)
-            dealt[rows[more], to[more]] += 1
-            left = left - more
-    found: Array = done.reshape(seconds.shape[:-1])
-    return found
+        absent = np.isinf(least)
+        dealt = np.where(np.isinf(each) | absent[:, None], 0.0, np.floor(least[:, None] / each))
+    left = np.where(absent, 1, count - dealt.sum(-1))
+    rows = np.flatnonzero(left > 0)
+    while len(rows):
+        to = (each[rows] * (dealt[rows] + 1)).argmin(-1)
+        dealt[rows, to] += 1
+        left[rows] -= 1
+        rows = rows[left[rows] > 0]
+    done: Array = np.multiply(dealt, each, out=np.zeros(each.shape), where=dealt > 0).max(-1)
+    return done.reshape(seconds.shape[:-1])
 
 
 def bits(mask: int) -> list[int]:
