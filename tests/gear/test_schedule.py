@@ -203,11 +203,21 @@ def test_torch_csv():
         torch_csv(schedule(p, groups.group("data", ("d0", 0, 6), ("d1", 0, 6)), 4))
 
 
+def test_torch_csv_has_idle_backwards_below_the_lowest_block():
+    p = small.problem(3, 6, lowest=3, seed=4)
+    rows = torch_csv(schedule(p, groups.group("pipeline", ("d0", 0, 2), ("d1", 2, 3), ("d2", 3, 6)), 2, hoist=0))
+    assert rows.splitlines() == [
+        "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1",
+        "1RECV_F0,1F0,1SEND_F0,1RECV_F1,1F1,1SEND_F1,1RECV_B0,1B0,1SEND_B0,1RECV_B1,1B1,1SEND_B1",
+        "2RECV_F0,2F0,2B0,2SEND_B0,2RECV_F1,2F1,2B1,2SEND_B1",
+    ]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_torch_agrees_that_nothing_hangs(seed):
     """PyTorch's own dry run, which takes a receive to be blocking: so receives stand right before their use."""
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
-    p = small.problem(4, 8, lowest=1, seed=seed)
+    p = small.problem(4, 8, lowest=1 + seed % 6, seed=seed)
     g = groups.group("pipeline", ("d3", 0, 2), ("d1", 2, 3), ("d0", 3, 6), ("d2", 6, 8))
     rows = torch_csv(schedule(p, g, 1 + seed % 12, hoist=0)).splitlines()
     actions = {r: [schedules._Action.from_str(a) for a in row.split(",")] for r, row in enumerate(rows)}

@@ -96,14 +96,26 @@ def schedule(
 def torch_csv(plan: Schedule) -> str:
     """A pipeline's lists in the `compute_comms` CSV that `_PipelineScheduleRuntime` loads: a row a rank, rank = stage.
 
+    torch wants a backward of every stage and a gradient across every boundary. Those below the lowest block, and the
+    receives and sends that go with them, stand here for its sake: no gradient crosses there, so they do nothing.
+
     Raises:
         PlanError: E405 for data-parallel trainers, who have no pipeline.
     """
     if plan.group.form == "data":
         raise PlanError("E405", "data-parallel trainers have no pipeline's schedule", where=", ".join(plan.group.tasks))
-    rows = []
+    rows, last = [], len(plan.group.trainers) - 1
     for stage, part in enumerate(plan.group.trainers):
-        rows.append(",".join(f"{stage}{op.kind}{op.micro}" for op in plan.ops[part.device] if op.kind in TORCH))
+        ops = [op for op in plan.ops[part.device] if op.kind in TORCH]
+        kinds = {op.kind for op in ops}
+        if Kind.BACKWARD not in kinds:
+            idle = [Kind.BACKWARD] if stage == last else [Kind.RECEIVE_GRADIENT, Kind.BACKWARD]
+            ops += [Op(kind, m) for m in range(len(plan.fresh)) for kind in idle]
+        if stage and Kind.SEND_GRADIENT not in kinds:
+            ops = [
+                x for op in ops for x in (op, Op(Kind.SEND_GRADIENT, op.micro)) if x is op or op.kind is Kind.BACKWARD
+            ]
+        rows.append(",".join(f"{stage}{op.kind}{op.micro}" for op in ops))
     return "\n".join(rows) + "\n"
 
 
