@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -112,6 +113,42 @@ TOP = {
 }
 
 
+def pipeline(*cuts, tasks=ROOTS, devices=(A, B, C), size=2, **more):
+    """Trainers of neighbouring units, one after another."""
+    ends = list(itertools.pairwise(cuts))
+    return Group(
+        tasks=tasks,
+        form="pipeline",
+        trainers=[part(d, a, b) for d, (a, b) in zip(devices, ends, strict=False)],
+        size=size,
+        **more,
+    )
+
+
+PIPELINES = {
+    "two, uneven": [[pipeline(0, 2, 5)], [pipeline(0, 4, 5, tasks=CHILD, devices=(B, A), size=1)]],
+    "three, odd sizes": [[pipeline(0, 2, 3, 5, size=4)], [pipeline(0, 1, 3, 5, tasks=CHILD, size=2)]],
+    "beside a single": [
+        [
+            pipeline(0, 3, 5, tasks=("weather",), size=1),
+            Group(tasks=("light",), form="single", trainers=[part(C)], size=3),
+        ],
+        [pipeline(0, 2, 5, tasks=CHILD)],
+    ],
+}
+PIPELINES_ABOVE = {
+    "a frozen first stage": [[pipeline(0, 2, 5)], [pipeline(0, 3, 5, tasks=CHILD)]],
+    "a cut within the frozen part": [
+        [pipeline(0, 1, 2, 5)],
+        [pipeline(0, 4, 5, tasks=CHILD, ahead="local", cut=3, cache=True)],
+    ],
+    "streamed to a pipeline": [
+        [pipeline(3, 4, 5, ahead="streamed", prefix=[part(C, 0, 3)], cut=3, cache=True)],
+        [pipeline(2, 4, 5, tasks=CHILD, ahead="streamed", prefix=[part(C, 0, 2)], cut=2)],
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     return tiny.write_data(tmp_path_factory.mktemp("words"), train=10, test=2)
@@ -159,12 +196,12 @@ def together(tmp_path, words, stages, dtype, resume=False, **config):
     return {d: load_file(tmp_path / f"{d}.safetensors") for d in made.devices}
 
 
-@pytest.mark.parametrize("name", [*SINGLE, *TOP])
+@pytest.mark.parametrize("name", [*SINGLE, *TOP, *PIPELINES, *PIPELINES_ABOVE])
 def test_every_division_ends_where_one_process_does(tmp_path, words, name):
-    layers = "all" if name in SINGLE else "2-2"
+    layers = "all" if name in {**SINGLE, **PIPELINES} else "2-2"
     config = {"epochs": 2, "batch_size": 3, "lr": 1e-2, "layers": layers, "weight_decay": 0.1}
     want = alone(words, tmp_path / "alone", torch.float64, **config)
-    got = together(tmp_path, words, {**SINGLE, **TOP}[name], "float64", **config)
+    got = together(tmp_path, words, {**SINGLE, **TOP, **PIPELINES, **PIPELINES_ABOVE}[name], "float64", **config)
     for device, blocks in got.items():
         worst = max((blocks[k] - want[k]).abs().max().item() for k in want)
         assert worst < 1e-9, f"{device}: {worst}"

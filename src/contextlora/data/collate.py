@@ -63,9 +63,9 @@ class Batch:
         return [s.task for s in self.samples]
 
 
-def collate(samples: Sequence[Sample], pad: int) -> Batch:
-    """Pads samples on the right into one batch."""
-    width = max(map(len, samples))
+def collate(samples: Sequence[Sample], pad: int, width: int | None = None) -> Batch:
+    """Pads samples on the right into one batch, as wide as the longest or as `width` says."""
+    width = max(map(len, samples)) if width is None else width
     ids = torch.full((len(samples), width), pad)
     mask = torch.zeros(len(samples), width, dtype=torch.long)
     predicts = torch.zeros(len(samples), width, dtype=torch.bool)

@@ -18,6 +18,7 @@ from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Encoder
 from contextlora.data.records import data_hash
 from contextlora.errors import PlanError, RunError
+from contextlora.gear.pipeline import PipelineTeamStage
 from contextlora.gear.plan import Plan
 from contextlora.gear.runtime import Team, TeamStage, exchange, prefix_of, stream, teams
 from contextlora.graph import TaskGraph
@@ -107,7 +108,8 @@ def _work(
         orders = [Order(run, [s for t in run for s in samples[t]], at_once) for run in phase.runs]
         stream(team, reader, orders, 0, max(o.total for o in orders))
         return
-    stage = TeamStage(team, reader, FrozenPrefix(reader, 0), examples, phase, config)
+    make = PipelineTeamStage if team.group.form == "pipeline" else TeamStage
+    stage = make(team, reader, FrozenPrefix(reader, 0), examples, phase, config)
     stage.prefix = prefix_of(team, reader, stage.runs, 0, stage.total)
     watch.stage(f"[{index + 1}] {', '.join(team.group.tasks)} on {team.me}", stage.total)
     for update in range(stage.total):
@@ -145,8 +147,6 @@ def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -
         raise PlanError("E409", f"the plan trains {theirs}, and this run {ours}; plan again")
     if config.context == "predicted":
         raise PlanError("E409", "context: predicted cannot be launched yet; use gold or none", where="train.context")
-    if any(p.group.form == "pipeline" for s in plan.stages for p in s.groups):
-        raise PlanError("E409", "the plan has a pipeline, which cannot be launched yet")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from contextlora.errors import PlanError, RunError
 from contextlora.gear.cost import QUEUE
 from contextlora.gear.plan import Group, Part, Plan, deal
 from contextlora.gear.stream import Piece, Receiver, Sender
-from contextlora.lora.attach import gated_layers
+from contextlora.lora.attach import decoder_layers, gated_layers
 from contextlora.lora.sharing import Phase, Sharing
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import Stage, clip
@@ -178,8 +178,9 @@ def prefix_of(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: i
     if g.ahead == "streamed":
         mine = (p for p in pieces(team, runs, first, total) if p.trainer == me)
         return Receiver(reader, g.cut - 1, mine, g.cache, QUEUE)
-    budget = 1 << 62 if g.cache else 0
-    kept = FrozenPrefix(reader, budget)
+    kept = FrozenPrefix(reader, 1 << 62 if g.cache else 0)
+    if g.form == "pipeline" or g.cache:  # a first trainer may hold less than all that is frozen
+        kept.depth = max(0, g.cut - 1)
     kept.admit([s for r in runs for s in r.samples])
     return kept
 
@@ -195,13 +196,16 @@ def stream(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: int,
 
 @torch.no_grad()
 def exchange(model: nn.Module, plan: Plan, index: int, sharing: Sharing) -> None:
-    """Gives what a stage trained to every device: each block from the first trainer of the group that trained it."""
+    """Gives what a stage trained to every device: each block from the first trainer that had its layer."""
     ranks = {d: i for i, d in enumerate(plan.devices)}
+    path = decoder_layers(model)[0]
     for planned in plan.stages[index].groups:
         g = planned.group
         owners = dict.fromkeys(o for t in g.tasks for o in sharing.learns[t])
-        for layer in gated_layers(model).values():
+        for name, layer in gated_layers(model).items():
+            unit = int(name.removeprefix(f"{path}.").split(".")[0]) + 1
+            source = next(ranks[p.device] for p in g.trainers if p.start <= unit < p.stop)
             for side in (s for o in owners for s in layer.block(o)):
                 held = side.cpu().contiguous()
-                dist.broadcast(held, ranks[g.trainers[0].device])
+                dist.broadcast(held, source)
                 side.copy_(held)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from contextlora.data.collate import Batch, Sample, collate
 from contextlora.lora.attach import decoder_layers
 from contextlora.models.inputs import ImageFeatures
-from contextlora.models.prompts import standing_in
-from contextlora.training.prefix import hidden_before
+from contextlora.models.prompts import entering
+from contextlora.training.prefix import hidden_before, together
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Receiver:
         missing = {s.key for s in batch.samples} - self._kept.keys()
         while missing:
             missing -= self._arrive()
-        hidden = nn.utils.rnn.pad_sequence([self._kept[s.key] for s in batch.samples], batch_first=True)
+        hidden = together([self._kept[s.key] for s in batch.samples], batch.input_ids.shape[1])
         if not self.cache:
             self._kept.clear()
         device = next(self.reader.model.parameters()).device
-        with standing_in(list(self.stack[: self.depth]), hidden.to(device)):
+        with entering(list(self.stack), self.depth, hidden.to(device)):
             yield
 
     def _arrive(self) -> set[str]:

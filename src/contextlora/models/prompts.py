@@ -34,6 +34,24 @@ def standing_in(layers: Sequence[nn.Module], hidden: Tensor) -> Iterator[None]:
                 layer.forward = forward
 
 
+@contextmanager
+def entering(layers: Sequence[nn.Module], first: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, `hidden` enters decoder layer `first`; the layers below compute nothing."""
+    if first:
+        with standing_in(layers[:first], hidden):
+            yield
+        return
+
+    def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    hook = layers[0].register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @dataclass(frozen=True)
 class _Kept:
     hidden: Tensor  # enters the lowest layer with a block

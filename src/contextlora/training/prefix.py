@@ -25,12 +25,19 @@ class _Reached(Exception):
 
 
 def hidden_before(model: nn.Module, depth: int, inputs: dict[str, Any]) -> Tensor:
-    """What enters decoder layer `depth` in a forward pass over `inputs`, which ends there."""
+    """What enters decoder layer `depth`, or leaves the last one, in a forward pass over `inputs`, which ends there."""
+    stack = decoder_layers(model)[1]
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-    hook = decoder_layers(model)[1][depth].register_forward_pre_hook(stop, with_kwargs=True)
+    def left(_: nn.Module, __: Any, out: Any) -> None:
+        raise _Reached(out[0] if isinstance(out, tuple) else out)
+
+    if depth == len(stack):
+        hook = stack[-1].register_forward_hook(left)
+    else:
+        hook = stack[depth].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**inputs, use_cache=False)
     except _Reached as reached:
@@ -38,6 +45,12 @@ def hidden_before(model: nn.Module, depth: int, inputs: dict[str, Any]) -> Tenso
     finally:
         hook.remove()
     raise AssertionError("the model never reached its own decoder layers")
+
+
+def together(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows (tokens, d) of several lengths as one batch (rows, width, d), zeros behind their ends."""
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return nn.functional.pad(padded, (0, 0, 0, width - padded.shape[1]))
 
 
 class FrozenPrefix:
@@ -97,7 +110,7 @@ class FrozenPrefix:
         for s in batch.samples:
             if s.key not in self._kept:
                 self._compute_group(self._group_of[s.key])
-        return nn.utils.rnn.pad_sequence([self._kept[s.key] for s in batch.samples], batch_first=True)
+        return together([self._kept[s.key] for s in batch.samples], batch.input_ids.shape[1])
 
     @torch.no_grad()
     def _compute_group(self, group: list[Sample]) -> None:
