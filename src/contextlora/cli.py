@@ -378,7 +378,9 @@ def plan(
     sizes: Annotated[str, typer.Option(help="Micro-batch sizes to consider.")] = "1,2,4,8",
     samples: Annotated[int | None, typer.Option(min=1, help="Of each task, instead of counting the data's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the plan goes (JSON).")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where its timeline goes (SVG or PNG).")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="A folder for its timeline and each stage's step (SVG).")
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Do not plan: measure the model on this machine, and write this profile.")
     ] = None,
@@ -401,21 +403,23 @@ def plan(
     if fleet is None or costs is None:
         raise ConfigError("E108", "planning wants --fleet and --costs; measuring wants --profile", where="plan")
     from contextlora.gear.planning import load_fleet, load_profile, make_plan, problem_of, rows
+    from contextlora.gear.simulate import simulated_seconds
 
     problem = problem_of(run, load_fleet(fleet), load_profile(costs), samples)
     made = make_plan(problem, planner, _numbers(sizes, "--sizes"))
     if out is not None:
         made.save(out)
-    if picture is not None:
-        from contextlora.gear.picture import save_timeline
+    if pictures is not None:
+        from contextlora.gear.picture import draw
 
-        save_timeline(problem, made, picture)
+        draw(problem, made, pictures)
     if as_json:
         _out(True, made.model_dump(mode="json"), "")
         return
     _table(f"{made.fleet}, {made.model}, by {made.planner}", rows(problem, made))
     note = " (synthetic: speeds are estimates)" if made.synthetic else ""
-    typer.echo(f"{made.seconds:.4g} s in all, predicted{note}")
+    simulated = simulated_seconds(problem, made)
+    typer.echo(f"{made.seconds:.4g} s in all, predicted; {simulated:.4g} s simulated, operation by operation{note}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.lora.attach import decoder_layers, detach
 from contextlora.models.inputs import ImageFeatures, answer_nll
-from contextlora.training.loop import task_samples, known_samples, train, training_examples
+from contextlora.training.loop import known_samples, task_samples, train, training_examples
 from contextlora.training.plan import prepare
 from contextlora.training.prefix import GROUP, FrozenPrefix
 from tiny import furthest

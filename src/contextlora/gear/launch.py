@@ -64,7 +64,7 @@ def train_planned(
         The model, with all blocks trained, on every device.
 
     Raises:
-        PlanError: E408 another number of devices, E409 a plan of another graph, a form or context that cannot be run.
+        PlanError: E410 another number of devices, E409 a plan of another graph, a form or context that cannot be run.
         RunError: as `train`, E529 a parameter without gradient, E530 another device is gone.
     """
     if attached_state(model) is None:
@@ -183,22 +183,22 @@ def launch(
         silent: no progress bar.
 
     Raises:
-        PlanError: E408 not started by torchrun, or by another number of devices. Otherwise as `train_planned`.
+        PlanError: E410 not started by torchrun, or by another number of devices. Otherwise as `train_planned`.
     """
     refuse_a_rival(config.train)
     if "RANK" not in os.environ:
         text = f"not started by torchrun; run: torchrun --nproc-per-node {len(plan.devices)} -m contextlora launch ..."
-        raise PlanError("E408", text)
+        raise PlanError("E410", text)
     backend = "nccl" if config.device.startswith("cuda") and torch.cuda.device_count() >= len(plan.devices) else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         rank = dist.get_rank()
         if rank >= len(plan.devices):
             text = f"the plan is for {len(plan.devices)} devices, and this is number {rank + 1}"
-            raise PlanError("E408", text)
+            raise PlanError("E410", text)
         me = device or plan.devices[rank]
         if plan.devices[rank] != me:
-            raise PlanError("E408", f"'{me}' has rank {rank}, which the plan gives to '{plan.devices[rank]}'")
+            raise PlanError("E410", f"'{me}' has rank {rank}, which the plan gives to '{plan.devices[rank]}'")
         session = open_session(config, fresh=True)
         with Tracker(Path(config.out) / me, quiet=silent) as tracker:
             train_planned(

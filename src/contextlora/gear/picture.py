@@ -15,10 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from contextlora.gear.cost import Problem
 from contextlora.gear.fleet import Fleet
 from contextlora.gear.plan import Group, Plan, PlannedGroup
 from contextlora.gear.schedule import Kind
-from contextlora.gear.simulate import Event, Trace
+from contextlora.gear.simulate import Event, Trace, simulate
 from contextlora.gear.units import show_bytes
 
 # Colour, hatching and words: from light to dark in this order, so that they stay apart without colour.
@@ -97,6 +98,19 @@ def save(figure: Figure, path: str | Path) -> None:
         path.write_text(svg(figure), encoding="utf-8")
     else:
         figure.savefig(path, dpi=160)
+
+
+def draw(problem: Problem, plan: Plan, folder: str | Path) -> list[Path]:
+    """Writes a plan's timeline and the third step of each of its stages, when prefixes run ahead; gives the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {folder / "timeline.svg": timeline(plan, problem.fleet)}
+    for number, stage in enumerate(plan.stages, 1):
+        groups = [p.group for p in stage.groups]
+        made[folder / f"step-{number}.svg"] = gantt(simulate(problem, groups, steps=4), groups, first=2)
+    for path, figure in made.items():
+        save(figure, path)
+    return list(made)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from contextlora.config import RunConfig, select_layers
 from contextlora.data.records import load_examples
 from contextlora.errors import PlanError, did_you_mean
 from contextlora.gear.algorithm2 import algorithm2
-from contextlora.gear.cost import Problem
+from contextlora.gear.cost import Problem, pace, there_and_back
 from contextlora.gear.exact import exact
 from contextlora.gear.fleet import Fleet
 from contextlora.gear.plan import Group, Part, Plan
@@ -88,7 +88,21 @@ def make_plan(problem: Problem, planner: str = "exact", sizes: Sequence[int] = S
     """A plan by one of PLANNERS. Raises PlanError E406 if nothing fits, E407 for an unknown planner."""
     if planner not in PLANNERS:
         raise PlanError("E407", f"no planner '{planner}'.{did_you_mean(planner, PLANNERS)} Use: {', '.join(PLANNERS)}")
-    return PLANNERS[planner](problem, sizes)
+    made = PLANNERS[planner](problem, sizes)
+    stages = [
+        s.model_copy(
+            update={"groups": tuple(g.model_copy(update={"group": paced(problem, g.group)}) for g in s.groups)}
+        )
+        for s in made.stages
+    ]
+    return made.model_copy(update={"stages": tuple(stages)})
+
+
+def paced(problem: Problem, group: Group) -> Group:
+    """The group with the seconds by which its devices, who know no profile, deal micro-batches as the plan did."""
+    trainers = [p.model_copy(update={"seconds": there_and_back(problem, p, group)}) for p in group.trainers]
+    prefix = [p.model_copy(update={"seconds": pace(problem, group, p)}) for p in group.prefix]
+    return group.model_copy(update={"trainers": tuple(trainers), "prefix": tuple(prefix)})
 
 
 def rows(problem: Problem, plan: Plan) -> list[dict[str, str]]:

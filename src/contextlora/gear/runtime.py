@@ -60,7 +60,7 @@ def teams(plan: Plan, me: str) -> list[Team | None]:
     ranks = {d: i for i, d in enumerate(plan.devices)}
     if dist.get_world_size() != len(ranks):
         text = f"the plan is for {len(ranks)} devices ({', '.join(ranks)}), and {dist.get_world_size()} have come"
-        raise PlanError("E408", text)
+        raise PlanError("E410", text)
     found: list[Team | None] = []
     for stage in plan.stages:
         mine = None
@@ -85,10 +85,16 @@ def micro_batches(runs: Sequence[Order], update: int, size: int) -> list[list[Sa
     return [mixed[i : i + size] for i in range(0, len(mixed), size)]
 
 
-def dealt(parts: Sequence[Part], count: int) -> list[int]:
-    """Which of `parts` takes each of `count` micro-batches: runs of neighbours, as many as its pace lets it."""
-    counts = deal(count, [p.seconds or 1.0 for p in parts])
-    return [i for i, n in enumerate(counts) for _ in range(n)]
+def dealt(parts: Sequence[Part], count: int, done: int = 0) -> list[int]:
+    """Which of `parts` takes each of `count` micro-batches: as many as its pace lets it, in the order of their turns.
+
+    Args:
+        done: 0 orders turns by when they begin, for trainers; 1 by when they end, for devices that others wait for.
+            Runs of neighbours would let the later trainers starve behind a short queue.
+    """
+    paces = [p.seconds or 1.0 for p in parts]
+    turns = [((j + done) * paces[i], i) for i, n in enumerate(deal(count, paces)) for j in range(n)]
+    return [i for _, i in sorted(turns)]
 
 
 def pieces(team: Team, runs: Sequence[Order], first: int, total: int) -> Iterator[Piece]:
@@ -99,7 +105,7 @@ def pieces(team: Team, runs: Sequence[Order], first: int, total: int) -> Iterato
         users = dealt(g.trainers, len(batches)) if g.form == "data" else [0] * len(batches)
         fresh = [tuple(s for s in b if s.key not in seen) for b in batches]
         sent = [i for i, samples in enumerate(fresh) if samples]
-        for source, i in zip(dealt(g.prefix, len(sent)), sent, strict=True):
+        for source, i in zip(dealt(g.prefix, len(sent), done=1), sent, strict=True):
             source_rank, user = team.ranks[g.prefix[source].device], team.ranks[g.trainers[users[i]].device]
             yield Piece(fresh[i], source_rank, user)
         if g.cache:
