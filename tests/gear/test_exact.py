@@ -9,13 +9,10 @@ from functools import cache
 
 import pytest
 import small
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from contextlora.errors import PlanError
 from contextlora.gear.cost import Problem, exchange, fits, predict
 from contextlora.gear.exact import exact
-from contextlora.gear.fleet import Fleet
 from contextlora.gear.plan import Group, Part, check_group
 from contextlora.gear.work import TaskLoad, Work
 
@@ -185,3 +182,31 @@ def test_no_plan_is_faster(seed):
 def test_no_plan_is_faster_on_a_thousand_problems(tens):
     for seed in range(10 * tens, 10 * tens + 10):
         compare(seed)
+
+
+def crowded(seed):
+    """Four devices, none with room for a whole task, on a medium so slow that two groups wait for one another."""
+    r = random.Random(seed)
+    memory, rate = r.choice([(20, 45), (25, 40), (30, 60)]), r.choice([(2e5, 2e6), (1e6, 8e6)])
+    p = small.problem(4, r.choice([3, 3, 4]), 2, r.randint(0, 1), seed=seed)
+    return Problem(small.fleet(4, seed=seed, memory=memory, rate=rate), p.profiles, p.work)
+
+
+def compare_crowded(seed):
+    """Returns whether the medium is what the plan waits for."""
+    p = crowded(seed)
+    plan = exact(p, (1, 2))
+    assert plan.seconds == pytest.approx(brute(p, (1, 2)), rel=1e-9), seed
+    valid(p, plan)
+    (stage,) = plan.stages
+    return stage.seconds - stage.exchange > max(g.predicted.seconds for g in stage.groups) * (1 + 1e-9)
+
+
+def test_no_plan_is_faster_where_groups_wait_for_the_medium():
+    assert sum(map(compare_crowded, range(8))) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8, 100))
+def test_no_plan_is_faster_where_groups_wait_for_the_medium_on_many_problems(seed):
+    compare_crowded(seed)

@@ -6,7 +6,7 @@ import numpy as np
 
 from contextlora.gear.options import STREAMED, Cell, Options, Prefixes, Rows
 from contextlora.gear.pipelines import PLAIN, Probe
-from contextlora.gear.tables import Array, Case, bits, deal_all
+from contextlora.gear.tables import Array, Case, deal_all
 
 MOST = 1 << 19  # rows at once, to bound memory
 
@@ -37,12 +37,10 @@ def _data(o: Options, case: Case, cut: int) -> list[tuple[Array, Array]]:
     found = []
     for n in range(2, o.sets.devices + 1):
         masks = o.sets.of_size[n]
-        able = np.array([all(fits[d] for d in bits(int(m))) for m in masks])
-        masks = masks[able]
+        masks = masks[(fits | ~o.sets.member[masks]).all(-1)]
         if len(masks):
             member = np.where(o.sets.member[masks], each, np.inf)
-            ring = np.array([o.rings.best(int(m), o.slice)[0] for m in masks])
-            found.append((masks, np.array([deal_all(int(m), member) for m in case.micro]) + ring))
+            found.append((masks, np.array([deal_all(int(m), member) for m in case.micro]) + o.ring[masks, 0]))
     return found
 
 
@@ -64,7 +62,7 @@ def streamed_without_pipeline(o: Options, limit: float, useful: Array) -> None:
                 size, each = int(masks[0]).bit_count(), np.arange(len(masks))
                 which, to = (each, 0 * each) if o.shared else np.nonzero(o.sets.member[masks])  # who receives
                 slot = 0 * which + o.base[k, "data streamed", size]
-                air = 0.0 * step[:, which] + o.rings.best(int(masks[0]), o.slice)[1]
+                air = 0.0 * step[:, which] + o.ring[masks[which], 1]
                 rows = Rows(slot, masks[which], to, 0 * which + cut - 1, air, step[:, which], step[:, which])
                 stream(o, case, o.prefixes[k], rows, False, limit, useful)
 

@@ -106,6 +106,7 @@ class Options:
     """The groups that may train some tasks.
 
     Attributes:
+        ring: seconds and air of an all-reduce, by set.
         slots, air: the slots, and seconds on a shared medium (0 on links) of a group in each.
         seconds: of the fastest group so far, by slot and set of devices that it may use.
         tau, cut, trainers: its threshold, the end of its prefix, its trainers.
@@ -126,6 +127,9 @@ class Options:
         self.cases = {p.k: Case(size, p, tasks) for p in paces if p.k <= len(tasks) * size.problem.work.batch}
         self.pipelines = {k: Pipelines(case, sets) for k, case in self.cases.items()}
         self.slice = 4.0 * float(size.width[0, -1]) * sum(t.ranks for t in tasks)
+        self.ring = np.array(
+            [rings.best(m, self.slice)[:2] if m & (m - 1) else (0.0, 0.0) for m in range(sets.full + 1)]
+        )
         epochs = size.problem.work.epochs
         self.lowest = min(size.problem.work.lowest, size.problem.units - 1)
         self.kinds = ["none", *(["streamed"] if self.lowest else []), *(["local", "cached"] if epochs > 1 else [])]
@@ -155,7 +159,7 @@ class Options:
         case = self.cases[s.k]
         fresh = case.fresh[s.kind == "cached"] * case.pace.medium if "streamed" in s.kind or s.kind == "cached" else 0.0
         if s.kind.startswith("data"):
-            own = self.rings.best((1 << s.stages) - 1, self.slice)[1] + 0.0 * case.micro
+            own = self.ring[(1 << s.stages) - 1, 1] + 0.0 * case.micro
         else:
             own = case.micro * self.medium(s.k, s.stages)[s.x]
         return float((case.steps * (own + fresh)).sum())

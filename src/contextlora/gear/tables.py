@@ -166,9 +166,14 @@ class Case:
         self.cached = problem.cut(1) * sum(t.samples for t in tasks)
         self.full = math.ceil(len(tasks) * work.batch / k)
 
+        self._reach: dict[tuple[int, float], Array] = {}
+
     def reach(self, stages: int, kept: float = 0.0) -> Array:
         """How far a stage reaches that is the first of `stages`: in 1F1B it waits for that many backward passes."""
-        return self.bytes.reach(self.bytes.needed(self.tasks, self.k, min(stages, self.full), kept))
+        key = (min(stages, self.full), kept)
+        if key not in self._reach:
+            self._reach[key] = self.bytes.reach(self.bytes.needed(self.tasks, self.k, *key))
+        return self._reach[key]
 
     def seconds(self, fill: Array, slowest: Array | float) -> Array:
         """Sum over steps of fill + (M - 1) slowest."""
