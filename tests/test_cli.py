@@ -22,7 +22,7 @@ from contextlora.data.collate import Encoder
 from contextlora.lora.adapter import Adapter
 from tiny_llava import save_tiny_llava
 
-COMMANDS = ["init", "check", "train", "eval", "ask", "export", "plug", "drop", "report", "demo"]
+COMMANDS = ["init", "check", "train", "eval", "ask", "export", "plug", "drop", "plan", "launch", "report", "demo"]
 
 
 @pytest.fixture(autouse=True)
@@ -509,3 +509,55 @@ def test_init_imports_instructions(tmp_path: Path):
     (tmp_path / "even.json").write_text(json.dumps(asked))
     made = Path(ok("init", tmp_path / "p", "--instructions", tmp_path / "even.json")["config"])
     assert yaml.safe_load((made.parent / "data/graph.yaml").read_text())["tasks"].keys() == {"even"}
+
+
+# --- several devices -------------------------------------------------------------------------------------------------
+
+FLEET = {
+    "devices": {"desk": {"memory": "2 GB"}, "board": {"memory": "2 GB", "speed": 0.5}},
+    "medium": {"rate": "100 Mbit/s", "delay": "1 ms"},
+}
+
+
+def test_measure_plan_and_launch(tiny: Path, tmp_path: Path):
+    """What a user does with two devices; it ends where `train` does on one."""
+    project = make(tmp_path / "p", tiny)
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(FLEET))
+    costs, plan = tmp_path / "costs.json", tmp_path / "plan.json"
+    ok("plan", project, "--profile", costs, "--sizes", "1,2")
+    where = ("--fleet", tmp_path / "fleet.yaml", "--costs", costs)
+    said = run("plan", project, *where, "--sizes", "1,2", "--out", plan, "--pictures", tmp_path / "pictures")
+    assert said.exit_code == 0, said.output
+    assert "s in all, predicted" in said.stdout
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} >= {"timeline.svg", "step-1.svg"}
+    made = json.loads(plan.read_text())
+    share = {"form": "data", "ahead": "none", "prefix": [], "cut": 0, "cache": False, "size": 1}
+    parts = [{"device": d, "start": 0, "stop": made["units"], "seconds": s} for d, s in (("desk", 1.0), ("board", 2.0))]
+    for stage in made["stages"]:  # whatever is quickest for so small a model: both devices shall work here
+        tasks = [t for g in stage["groups"] for t in g["group"]["tasks"]]
+        stage["groups"] = [{**stage["groups"][0], "group": {**share, "tasks": tasks, "trainers": parts}}]
+    plan.write_text(json.dumps(made))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "contextlora", "launch", str(plan), str(project), "--json", "--set", "dtype=float32"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    single = make(tmp_path / "single", tiny)
+    ok("train", single, "--set", "dtype=float32")
+    alone, both = (Adapter.load(p / "runs" / "adapter") for p in (single, project))
+    assert set(both.blocks) == set(alone.blocks)
+    for task, block in alone.blocks.items():
+        for path, pair in block.items():
+            for side, other in zip(pair, both.blocks[task][path], strict=True):
+                assert (side - other).abs().max() < 1e-4
+
+
+def test_plans_that_cannot_be(project: Path, tmp_path: Path):
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(FLEET))
+    assert "E108 plan: planning wants --fleet and --costs" in refused("plan", project)
+    assert "E407 no profile 'llava-7'" in refused("plan", project, "--fleet", "three-jetsons", "--costs", "llava-7")
+    assert "E407 no fleet 'jetsons'" in refused("plan", project, "--fleet", "jetsons", "--costs", "llava-7b")
+    where = ("--fleet", tmp_path / "fleet.yaml", "--costs", "llava-7b")
+    assert "E406" in refused("plan", project, *where)
+    assert "E108 --sizes: 'a' should be whole numbers" in refused("plan", project, *where, "--sizes", "a")
+    assert "E405" in refused("launch", tmp_path / "none.json", project)

@@ -30,9 +30,11 @@ from contextlora.training import checkpoint
 from contextlora.training.loop import run_id, task_samples, training_examples
 from contextlora.training.plan import planned, prepare, refuse_a_rival
 from contextlora.training.prefix import FrozenPrefix
-from contextlora.training.session import open_session
+from contextlora.training.runs import RunFolder
+from contextlora.training.session import is_model, open_session
 from contextlora.training.step import Order
 from contextlora.training.track import Tracker
+from contextlora.training.whole import align_base
 
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
 PATIENCE = timedelta(minutes=30)  # for a device that computes; one that is gone is noticed at once, by its connection
@@ -158,6 +160,18 @@ def _closed(model: nn.Module, answering: Any) -> Iterator[None]:
         trainable_groups(model, [], answering)
 
 
+def _aligned(config: RunConfig, resume: bool, silent: bool) -> None:
+    """The first device aligns the projector, if asked; all others must have what it made. Raises PlanError E409."""
+    folder = RunFolder(config.out)
+    if dist.get_rank() == 0:
+        graph = TaskGraph.load(config.graph_path)
+        align_base(config, graph, folder, again=not resume, silent=silent, say=lambda _: None)
+    dist.barrier()
+    if config.align.epochs is not None and not is_model(folder.base):
+        text = "the first device of the plan has aligned the projector; copy that folder here, or share it"
+        raise PlanError("E409", text, where=folder.base)
+
+
 @contextmanager
 def _with_others() -> Iterator[None]:
     """Turns what torch says of a lost connection into one clear error."""
@@ -199,6 +213,7 @@ def launch(
         me = device or plan.devices[rank]
         if plan.devices[rank] != me:
             raise PlanError("E410", f"'{me}' has rank {rank}, which the plan gives to '{plan.devices[rank]}'")
+        _aligned(config, resume, silent)
         session = open_session(config, fresh=True)
         with Tracker(Path(config.out) / me, quiet=silent) as tracker:
             train_planned(

@@ -69,7 +69,7 @@ def run_training(
     fresh = force and named is None
     with folder.phase("load and align"):
         if fresh or not folder.has_adapter:
-            _align(config, graph, folder, again=not resume, silent=silent, say=say)
+            align_base(config, graph, folder, again=not resume, silent=silent, say=say)
         session = open_session(config, fresh=fresh, exact=True)
         folder.begin(config, wanted, resume=resume, fresh=fresh)  # only now is anything thrown away
     _say_what_is_untrained(session, wanted, say)
@@ -129,7 +129,7 @@ def _writable(config: RunConfig) -> None:
         raise RunError("E523", f"cannot be written: {e.strerror}", where=config.out) from None
 
 
-def _align(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: bool, silent: bool, say: Say) -> None:
+def align_base(config: RunConfig, graph: TaskGraph, folder: RunFolder, *, again: bool, silent: bool, say: Say) -> None:
     """The projector's own stage, before the tasks; its result is a base model of this run's own."""
     if config.align.epochs is None or (is_model(folder.base) and not again):
         return
