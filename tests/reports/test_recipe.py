@@ -136,8 +136,8 @@ def test_a_comparison_can_be_cut_down_to_some_arms():
     assert list(some.arms) == ["LoRI-D", "ContextLoRA"]
     assert all(some.arms[a] == whole.arms[a] for a in some.arms)
     assert {j.id for j in expand(some)} < {j.id for j in expand(whole)}
-    with pytest.raises(ConfigError, match=r"E115 .*no arm 'Lora'\. Did you mean 'LoRA'\?"):
-        load_recipe("accuracy", "laptop", ["arms=[Lora]"])
+    with pytest.raises(ConfigError, match=r"E115 .*no arm 'HydraLORA'\. Did you mean 'HydraLoRA'\?"):
+        load_recipe("accuracy", "laptop", ["arms=[HydraLORA]"])
 
 
 def test_an_untrained_arm_is_measured_once_unless_the_seed_changes_its_base(tmp_path: Path):
