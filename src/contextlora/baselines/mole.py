@@ -37,7 +37,7 @@ def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     The experts divide the batch, so that they take as many updates as the gate.
     """
     own, mixed = own_alone(graph), all_for_all(graph, {"gate": 1})
-    phases = (Phase(tuple((t,) for t in tasks), own, divided=True), Phase((tuple(tasks),), mixed, balance))
+    phases = (Phase(tuple((t,) for t in tasks), own, divided=True), Phase((tuple(tasks),), mixed, balance, gates=True))
     return Plan(phases, mixed)
 
 
