@@ -77,6 +77,7 @@ class TrainConfig(Strict):
         max_grad_norm: gradient clipping, per task; 0 turns it off.
         accumulate: micro-batches of batch_size for one update.
         method: "paper" is ContextLoRA as published; the others are rivals to compare with (`contextlora.baselines`).
+        gate_lr: peak learning rate of gates that learn after their experts (MoLE); None takes `lr`.
         penalty: weight of the loss term that a rival adds: O-LoRA's lambda, MoLE's alpha.
         schedule: "level" trains all tasks of a level together, "sequential" one task after another (Algorithm 1).
             "together" is an extension: all tasks at once in mixed batches under one optimizer, so that prerequisites
@@ -101,6 +102,7 @@ class TrainConfig(Strict):
     max_grad_norm: NotNegative = 1.0
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
     method: Method = "paper"
+    gate_lr: Positive | None = None
     penalty: NotNegative = 0.5
     schedule: Literal["level", "sequential", "together"] = "level"
     frozen_ratio: Share | None = None

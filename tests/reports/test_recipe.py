@@ -68,7 +68,7 @@ def test_arms_are_taken_by_name(tmp_path: Path):
         ("ContextLoRA", "paper", 1),
     ]
     assert recipe.arms["LoRA"].lr == 1e-3
-    with pytest.raises(ConfigError, match=r"E115 .*no shared arm 'LORA'\. Did you mean 'LoRA'\?"):
+    with pytest.raises(ConfigError, match=r"E115 .*no arm 'LORA'\. Did you mean 'LoRA'\?"):
         load_recipe(written(tmp_path, arms=["LORA"]), "smoke")
     with pytest.raises(ConfigError, match=r"E115 .*compares nothing"):
         load_recipe(written(tmp_path, arms={}), "smoke")
@@ -128,6 +128,16 @@ def test_ids_say_what_decides_a_result_and_nothing_else(tmp_path: Path):
         assert not first & {j.id for j in expand(load_recipe(path, "smoke", [change]))}, change
     renamed = load_recipe(path, "smoke", ["arms={mine: {method: paper}}"])
     assert {j.id for j in expand(renamed)} < first
+
+
+def test_a_comparison_can_be_cut_down_to_some_arms():
+    """They keep what recipe and preset say of them, and their jobs are the very ones of the whole comparison."""
+    whole, some = load_recipe("accuracy", "laptop"), load_recipe("accuracy", "laptop", ["arms=[LoRI-D, ContextLoRA]"])
+    assert list(some.arms) == ["LoRI-D", "ContextLoRA"]
+    assert all(some.arms[a] == whole.arms[a] for a in some.arms)
+    assert {j.id for j in expand(some)} < {j.id for j in expand(whole)}
+    with pytest.raises(ConfigError, match=r"E115 .*no arm 'HydraLORA'\. Did you mean 'HydraLoRA'\?"):
+        load_recipe("accuracy", "laptop", ["arms=[HydraLORA]"])
 
 
 def test_an_untrained_arm_is_measured_once_unless_the_seed_changes_its_base(tmp_path: Path):

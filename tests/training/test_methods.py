@@ -304,7 +304,7 @@ def test_mole_mixes_its_experts_by_hand_and_trains_each_alone():
     with state.use(gate):
         mixed = layer(x) - layer.base(x)
     every = torch.cat(said, -1)
-    pooled = torch.stack([every[i][asked[i]].mean(0) for i in range(3)])
+    pooled = torch.stack([every[i][asked[i]][-1] for i in range(3)])
     g = torch.softmax(
         pooled / pooled.norm(dim=-1, keepdim=True) @ layer.weights["gate_e"] / layer.weights["gate_tau"], -1
     )
@@ -347,6 +347,18 @@ def test_moles_experts_and_gate_take_as_many_updates(words):
     assert [len(r.micro_batches(0)[0]) for r in experts.runs] == [1, 1, 1]
     assert len(gate.runs[0].micro_batches(0)[0]) == 3
     assert abs(gate.total - sum(r.total for r in experts.runs) / 3) <= 1
+
+
+def test_moles_gate_has_a_learning_rate_of_its_own(words):
+    model, processor = prepared("mole")
+    how = {"method": "mole", "lr": 1e-2, "gate_lr": 1e-4}
+    rates = []
+    for at in (0, 1):
+        stage = first_stage(model, processor, words, ALIKE, at=at, **how)
+        stage.update(0)
+        rates.append({group["lr"] for run in stage.runs for group in run.optimizer.param_groups})
+    assert [len(r) for r in rates] == [1, 1]
+    assert max(rates[0]) == pytest.approx(100 * max(rates[1]))
 
 
 def test_mole_leaves_its_experts_alone_while_the_gate_learns(runs, words):

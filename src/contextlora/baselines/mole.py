@@ -7,7 +7,9 @@ and the loss alpha (-log prod_i q_i), q_i the mean of g_i over layers, that keep
 section 1). alpha is the configuration's `penalty`, 0.5 unless told otherwise.
 
 Deviation: the paper flattens E over the fixed number of a picture's tokens. A text has no fixed length, so the gate
-reads the mean of E over the prompt's tokens: one g a sequence, which the answer, unseen by it, goes on with.
+reads E at the prompt's last token, which has seen all of it: one g a sequence, which the answer, unseen by it, goes on
+with. (The mean over the prompt's tokens, most of them a picture's, hardly tells one question from another: its gates
+chose alike for all tasks.)
 
 Two ways: experts trained one for each task and then frozen (the paper), or everything together (`joint`). Ranks are
 chosen so that experts and gates together have as many parameters as the graph's blocks.
@@ -35,7 +37,7 @@ def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     The experts divide the batch, so that they take as many updates as the gate.
     """
     own, mixed = own_alone(graph), all_for_all(graph, {"gate": 1})
-    phases = (Phase(tuple((t,) for t in tasks), own, divided=True), Phase((tuple(tasks),), mixed, balance))
+    phases = (Phase(tuple((t,) for t in tasks), own, divided=True), Phase((tuple(tasks),), mixed, balance, gates=True))
     return Plan(phases, mixed)
 
 
@@ -102,9 +104,9 @@ class MoleLinear(BesideLinear):
             rows = torch.arange(len(h)) // (len(h) // len(self._held)) if gate.rows is None else gate.rows
             held: Tensor = self._held[rows.to(h.device)]
             return held
-        of_prompt = h.new_ones(h.shape[:2]) if gate.prompt is None else gate.prompt.to(h)
-        pooled = torch.einsum("st,stnr->snr", of_prompt / of_prompt.sum(1, keepdim=True), h)
-        said = SCALE * torch.einsum("snr,nro->sno", pooled, b)  # the mean of E over the prompt: B is linear
+        length = torch.full((len(h),), h.shape[1]) if gate.prompt is None else gate.prompt.sum(1)
+        asked = h[torch.arange(len(h), device=h.device), length.to(h.device) - 1]
+        said = SCALE * torch.einsum("snr,nro->sno", asked, b)  # E of the last token that asks
         seen = normalize(said.flatten(1).float(), dim=-1)
         share = ((seen @ self.weights["gate_e"]) / self.weights["gate_tau"]).softmax(-1)
         if torch.is_grad_enabled():

@@ -91,6 +91,7 @@ class Phase:
         share: how much of the opened parameters learns, where a mask holds the rest at zero.
         divided: the configured batch is divided among the runs, instead of each having one of that size.
         trial: what it trains is thrown away again, so it does not count among the trained parameters.
+        gates: what learns are gates over frozen experts, at the learning rate that is configured for those.
     """
 
     runs: tuple[tuple[str, ...], ...]
@@ -100,6 +101,7 @@ class Phase:
     share: float = 1.0
     divided: bool = False
     trial: bool = False
+    gates: bool = False
 
     @property
     def tasks(self) -> tuple[str, ...]:

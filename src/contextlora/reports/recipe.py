@@ -198,7 +198,7 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
     Args:
         name: a shipped recipe's name, or a YAML file. Relative paths in a file count from its folder.
         preset: "smoke" (seconds), "laptop" or "gpu"; whatever the recipe has.
-        overrides: "a.b=value" strings, set last; paths in them count from here.
+        overrides: "a.b=value" strings, set last; paths in them count from here. "arms=[A, B]" keeps these arms alone.
 
     Raises:
         ConfigError: E101 to E103, E107; E115 an unknown recipe or preset, E116 an unknown scenario.
@@ -211,8 +211,11 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
         raise ConfigError("E115", text, where=path)
     home = path.parent if str(path) == str(name) else Path()
     data: Any = _at_home(_merged(raw, raw.pop("presets")[preset]), home)
+    arms = data["arms"]
     for text in overrides:
         data = override(data, text)
+    if isinstance(data["arms"], list):
+        data["arms"] = {n: _arm(arms, n, path) for n in data["arms"]}
     recipe = validate(Recipe, {**data, "name": path.stem, "preset": preset}, path)
     if not recipe.arms:
         raise ConfigError("E115", "compares nothing; name `arms`", where=path)
@@ -250,11 +253,7 @@ def _with_shared(raw: Any, path: Path) -> Any:
     shared = read_yaml(Path(str(SHIPPED / SHARED)))
     named, known = raw.get("arms"), shared["arms"]
     if isinstance(named, list):
-        for n in named:
-            if n not in known:
-                text = f"no shared arm '{n}'.{did_you_mean(n, known)} There are: {', '.join(known)}"
-                raise ConfigError("E115", text, where=path)
-        raw = {**raw, "arms": {n: known[n] for n in named}}
+        raw = {**raw, "arms": {n: _arm(known, n, path) for n in named}}
     mine = raw.get("presets", {})
     if not isinstance(mine, dict):
         return raw
@@ -262,6 +261,14 @@ def _with_shared(raw: Any, path: Path) -> Any:
     for p in presets.values():
         p["arms"] = {n: arm for n, arm in p.get("arms", {}).items() if n in raw.get("arms", {})}
     return {**raw, "presets": presets}
+
+
+def _arm(known: Mapping[str, Any], name: Any, path: Path) -> Any:
+    """The arm of that name. Raises ConfigError E115."""
+    if name not in known:
+        text = f"no arm '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}"
+        raise ConfigError("E115", text, where=path)
+    return known[name]
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,8 @@ class Stage:
         self.model, self.reader, self.prefix = reader.model, reader, prefix
         self.penalty, self.weight = phase.penalty, config.penalty
         groups = trainable_groups(self.model, phase.tasks, phase.sharing)
-        config = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
+        rate = config.gate_lr if phase.gates and config.gate_lr is not None else config.lr
+        config = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size), "lr": rate})
         self.given: dict[str, Answers] = given or {}
         self.runs: list[TaskRun] = []
         for tasks in phase.runs:
