@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -182,6 +183,16 @@ def test_no_plan_is_faster(seed):
 def test_no_plan_is_faster_on_a_thousand_problems(tens):
     for seed in range(10 * tens, 10 * tens + 10):
         compare(seed)
+
+
+@pytest.mark.parametrize("order", [("d0", "d1"), ("d1", "d0")])
+def test_every_device_of_a_set_may_be_the_one_that_keeps_a_cache(order):
+    p = small.problem(2, 6, 1, lowest=4, seed=7978)  # a pipeline behind a local prefix is best, on d0 first
+    fleet = dataclasses.replace(p.fleet, devices={d: p.fleet.devices[d] for d in order})
+    p = Problem(fleet, p.profiles, p.work)
+    plan = exact(p, (1, 3))
+    assert plan.seconds == pytest.approx(brute(p, (1, 3)), rel=1e-9)
+    assert plan.stages[0].groups[0].group.devices == ("d0", "d1")
 
 
 def crowded(seed):

@@ -26,7 +26,7 @@ from contextlora.gear.tables import Array, Bytes, Pace, Sets
 from contextlora.gear.work import TaskLoad
 
 EQUAL = 1e-12  # relative; sums of the same seconds in another order differ less
-MOST_DEVICES = 12  # sets of devices double with each
+MOST_DEVICES = 10  # 10 s; each further one takes 3 to 4 times as long, and as much memory
 
 
 def exact(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8)) -> Plan:
@@ -89,6 +89,7 @@ class _Stage:
 
     def __init__(self, search: _Search, tasks: Sequence[TaskLoad]):
         self.search, self.sets, self.problem = search, search.sets, search.problem
+        self.tasks = tasks
         self.kinds: dict[tuple[int, int, int], list[TaskLoad]] = {}
         for t in tasks:
             self.kinds.setdefault((t.samples, t.ranks, t.active), []).append(t)
@@ -119,7 +120,7 @@ class _Stage:
         while self._refine():
             pass
         if np.isinf(self.best):
-            raise nothing_fits(self.problem, [t for same in self.kinds.values() for t in same], self.search.sizes)
+            raise nothing_fits(self.problem, self.tasks, self.search.sizes)
         return self._build()
 
     # --- exploring ---------------------------------------------------------------------------------------------------

@@ -151,23 +151,21 @@ def cell(
         for kind in o.kinds:
             if kind in STREAMED:
                 cached, kept = STREAMED[kind]
-                values = fill[kept][1 : o.lowest + 1]
-                bound = case.seconds(values, np.maximum(low, medium))
-                at, which, x = np.nonzero(bound < limit)
-                fills, busy = values[at, which, x], medium[x]
-                more = (case.micro - 1)[:, None]
-                rows = Rows(
-                    o.base[k, kind, n] + x,
-                    o.sets.of_size[n][which],
-                    x,
-                    at,
-                    case.micro[:, None] * busy,
-                    fills + more * np.maximum(low, busy),
-                    fills + more * np.maximum(high, busy),
-                    high,
-                )
+                rows = _behind_prefix(o, case, kind, fill[kept], n, (low, high), limit)
                 stream(o, case, o.prefixes[k], rows, cached, limit, useful, lower)
     return Cell(k, *taus, probe, below, lower)
+
+
+def _behind_prefix(
+    o: Options, case: Case, kind: str, fill: Array, n: int, tau: tuple[float, float], limit: float
+) -> Rows:
+    """Pipelines of n stages that begin above a cut, where a prefix that costs nothing would make them fast enough."""
+    medium, more, fill = o.medium(case.k, n), (case.micro - 1)[:, None], fill[1 : o.lowest + 1]
+    at, which, x = np.nonzero(case.seconds(fill, np.maximum(tau[0], medium)) < limit)
+    fills, busy = fill[at, which, x], medium[x]
+    low, high = (fills + more * np.maximum(t, busy) for t in tau)
+    air, slot = case.micro[:, None] * busy, o.base[case.k, kind, n] + x
+    return Rows(slot, o.sets.of_size[n][which], x, at, air, low, high, tau[1])
 
 
 def _new(now: Array, before: Array) -> Array:
@@ -206,7 +204,8 @@ def _local(
         slot, mask = np.meshgrid(base + (np.arange(width) if o.shared else np.array([d])), o.sets.of_size[n][both])
         busy = medium if o.shared else medium[d : d + 1]
         bounds = [local_seconds(o, case, d, after, t, busy).min(0).ravel() for t in tau]
-        lower[slot.ravel() - o.part[case.k].start, mask.ravel()] = bounds[0]
+        at = slot.ravel() - o.part[case.k].start, mask.ravel()
+        lower[at] = np.minimum(lower[at], bounds[0])  # on a shared medium, each device may be the set's first
         zero = np.zeros(slot.size, dtype=int)
         o.keep(slot.ravel(), mask.ravel(), bounds[1], tau[1], zero, mask.ravel())
 

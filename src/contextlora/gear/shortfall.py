@@ -27,7 +27,7 @@ def nothing_fits(problem: Problem, tasks: Sequence[TaskLoad], sizes: Sequence[in
     named = [f"'{devices[d]}' lacks {show_bytes(lacking[d])}" for d in sorted(lacking, key=lambda d: -lacking[d])]
     text = (
         f"nothing fits the devices' memory. Nearest comes a pipeline with micro-batches of {k}, where "
-        f"{' and '.join(named)}. More memory there, another device, fewer ranks, a smaller micro-batch or weights of "
+        f"{', '.join(named)}. More memory there, another device, fewer ranks, a smaller micro-batch or weights of "
         "fewer bits would help"
     )
     return PlanError("E406", text, where=names)
