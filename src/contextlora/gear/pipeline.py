@@ -54,7 +54,6 @@ class PipelineTeamStage(TeamStage):
         mine = {id(p) for layer in stack[self.first : self.stop] for p in layer.parameters() if p.requires_grad}
         self.runs = [_only(r, mine) for r in self.runs]
         self.lowest = lowest_block(self.model)
-        self._made: tuple[Any, Any] | None = None
 
     def update(self, update: int) -> dict[str, float]:
         """As in a single process; each trainer steps its own layers' ranks, clipped by the norm over all."""
