@@ -86,7 +86,6 @@ def train_planned(
                 runs = tuple(r for r in phase.runs if set(r) <= set(team.group.tasks))
                 _work(team, reader, examples, replace(phase, runs=runs), config, watch, index)
             exchange(model, plan, index, phase.sharing)
-            # as `train` would: its --resume goes on from here too
             checkpoint.save(here / "checkpoints", checkpoint.Checkpoint(index + 1, 0, run, _blocks(model)))
     if dist.get_rank() == 0:
         adapter = Adapter.of(model, seed=config.seed, data=data_hash(data), context=config.context)
