@@ -387,7 +387,7 @@ def plan(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Plan the training on several devices, or measure what it costs on this one.
+    """Plan the training on several devices, or measure its costs.
 
     First --profile costs.json on every kind of device, then --fleet fleet.yaml --costs costs.json on any one of them.
     """

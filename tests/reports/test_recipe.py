@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,8 @@ def test_shipped_recipes_are_whole(name: str, tmp_path: Path):
         given = ["scenarios=[city]"] if name == "rad" else []
         recipe = load_recipe(name, preset, given)
         jobs = expand(recipe)
-        assert len(jobs) == recipe.seeds * len(recipe.scenarios) * len(recipe.arms) * max(
-            1, len(next(iter(recipe.sweep.values()), ()))
-        )
+        cells = math.prod(map(len, recipe.sweep.values()))
+        assert len(jobs) == recipe.seeds * len(recipe.scenarios) * len(recipe.arms) * cells
         assert [j.seed for j in jobs] == sorted(j.seed for j in jobs)
         assert recipe.published.note
     assert default_folder(recipe) == Path("reports") / f"{name}-gpu"
