@@ -26,6 +26,7 @@ from contextlora.reports.store import Store
 from contextlora.strict import validate
 
 PAUSE = 0.5  # seconds between two looks at what other processes do
+PATIENCE = 20.0  # seconds for a worker that was asked to stop to end its update and keep a checkpoint
 Told = Callable[[str], None]
 
 
@@ -168,7 +169,9 @@ def _first_line() -> bytes:
 def _stop_with_parent() -> None:
     while os.read(0, 1):
         pass
-    os.kill(os.getpid(), signal.SIGINT)
+    while True:  # one signal can be lost: a KeyboardInterrupt that rises in a callback or a finaliser is only printed
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
 
 
 def chosen(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
