@@ -62,6 +62,12 @@ class Batch:
         """The task of each sample."""
         return [s.task for s in self.samples]
 
+    @property
+    def prompt(self) -> Tensor:
+        """(samples, tokens) True where a token belongs to the prompt."""
+        lengths = torch.tensor([len(s.prompt) for s in self.samples])
+        return torch.arange(self.input_ids.shape[1]) < lengths[:, None]
+
 
 def collate(samples: Sequence[Sample], pad: int, width: int | None = None) -> Batch:
     """Pads samples on the right into one batch, as wide as the longest or as `width` says."""

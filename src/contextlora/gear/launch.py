@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Encoder
@@ -23,11 +23,11 @@ from contextlora.gear.plan import Plan
 from contextlora.gear.runtime import Team, TeamStage, exchange, prefix_of, stream, teams
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
-from contextlora.lora.attach import attached_state, gated_layers, trainable_groups
+from contextlora.lora.attach import attached_state
 from contextlora.lora.sharing import Phase
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training import checkpoint
-from contextlora.training.loop import run_id, task_samples, training_examples
+from contextlora.training.loop import learning_ends, run_id, task_samples, training_examples
 from contextlora.training.plan import planned, prepare, refuse_a_rival
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.runs import RunFolder
@@ -76,19 +76,22 @@ def train_planned(
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     mine = teams(plan, me)
-    here, run = Path(out) / me, run_id(graph, whole, config, data_hash(data), model)
+    data_sha256 = data_hash(data)  # reads every image: once
+    here, run = Path(out) / me, run_id(graph, whole, config, data_sha256, model)
     first = _go_on(model, here, run) if resume else 0
     if not resume:
         checkpoint.clear(here / "checkpoints")
-    with tracker or Tracker(here) as watch, _closed(model, whole.answering), _with_others():
+    with tracker or Tracker(here) as watch, learning_ends(model, whole.answering), _with_others():
         for index, (phase, team) in list(enumerate(zip(whole.phases, mine, strict=True)))[first:]:
             if team is not None:
                 runs = tuple(r for r in phase.runs if set(r) <= set(team.group.tasks))
                 _work(team, reader, examples, replace(phase, runs=runs), config, watch, index)
             exchange(model, plan, index, phase.sharing)
-            checkpoint.save(here / "checkpoints", checkpoint.Checkpoint(index + 1, 0, run, _blocks(model)))
+            checkpoint.save(
+                here / "checkpoints", checkpoint.Checkpoint(index + 1, 0, run, checkpoint.layer_tensors(model))
+            )
     if dist.get_rank() == 0:
-        adapter = Adapter.of(model, seed=config.seed, data=data_hash(data), context=config.context)
+        adapter = Adapter.of(model, seed=config.seed, data=data_sha256, context=config.context)
         adapter.save(Path(out) / "adapter")
     return model
 
@@ -119,11 +122,6 @@ def _work(
         watch.advance(update + 1, f"loss {sum(losses.values()) / len(losses):.3f}")
 
 
-def _blocks(model: nn.Module) -> dict[str, Tensor]:
-    """All blocks, by the names that a checkpoint of `train` has for them."""
-    return {f"{name}|{path}": t for path, layer in gated_layers(model).items() for name, t in layer.tensors().items()}
-
-
 @torch.no_grad()
 def _go_on(model: nn.Module, here: Path, run: str) -> int:
     """Takes over the blocks after the latest stage that any device has kept; returns the stage that comes next."""
@@ -134,7 +132,7 @@ def _go_on(model: nn.Module, here: Path, run: str) -> int:
     latest = max(int(s) for s in stages)
     source = next(i for i, s in enumerate(stages) if int(s) == latest)
     if latest:
-        for name, block in _blocks(model).items():
+        for name, block in checkpoint.layer_tensors(model).items():
             held = found.tensors[name].clone() if found and mine == latest else torch.empty_like(block, device="cpu")
             dist.broadcast(held, source)
             block.copy_(held)
@@ -148,15 +146,6 @@ def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -
         raise PlanError("E409", f"the plan trains {theirs}, and this run {ours}; plan again")
     if config.context == "predicted":
         raise PlanError("E409", "context: predicted cannot be launched yet; use gold or none", where="train.context")
-
-
-@contextmanager
-def _closed(model: nn.Module, answering: Any) -> Iterator[None]:
-    """Afterwards nothing learns, and tasks answer as they were trained."""
-    try:
-        yield
-    finally:
-        trainable_groups(model, [], answering)
 
 
 def _aligned(config: RunConfig, resume: bool, silent: bool) -> None:

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-from contextlora.config import TrainConfig
 from contextlora.data.collate import Batch, collate
-from contextlora.data.records import Example
 from contextlora.errors import RunError
 from contextlora.gear.runtime import Team, TeamStage, micro_batches
 from contextlora.gear.schedule import pipeline_csv
 from contextlora.lora.attach import decoder_layers
-from contextlora.lora.sharing import Phase
-from contextlora.models.inputs import ImageFeatures, answer_nll
+from contextlora.models.inputs import answer_nll
 from contextlora.models.prompts import entering, lowest_block
 from contextlora.training.prefix import hidden_before
 from contextlora.training.step import TaskRun
@@ -36,16 +33,8 @@ from contextlora.training.step import TaskRun
 class PipelineTeamStage(TeamStage):
     """A stage whose layers are divided among trainers."""
 
-    def __init__(
-        self,
-        team: Team,
-        reader: ImageFeatures,
-        prefix: Any,
-        examples: Sequence[Example],
-        phase: Phase,
-        config: TrainConfig,
-    ):
-        super().__init__(team, reader, prefix, examples, phase, config)
+    def __init__(self, team: Team, *given: Any):
+        super().__init__(team, *given)
         parts = team.group.trainers
         self.place = next(i for i, p in enumerate(parts) if p.device == team.me)
         self.count, self.part = len(parts), parts[self.place]
@@ -89,9 +78,7 @@ class PipelineTeamStage(TeamStage):
 
     def _gradients(self, runs: Sequence[TaskRun], update: int) -> dict[str, float]:
         batches = micro_batches(runs, update, self.team.group.size)
-        tokens = dict.fromkeys((r.name for r in runs), 0)
-        for s in (s for b in batches for s in b):
-            tokens[self._run_of[s.task]] += len(s.answer)
+        tokens = self._tokens(runs, batches)
         size, width = max(map(len, batches)), max(len(s) for b in batches for s in b)
         pad = self.reader.encoder.pad
         full = [[*b, *[replace(b[0], answer=())] * (size - len(b))] for b in batches]
@@ -160,19 +147,12 @@ class _Part(nn.Module):
         """Hidden states for the next trainer, or on the last one every sample's share of the loss, (samples,)."""
         stage, batch = self._of[0], self._batches[int(number[0])]
         model, inputs = stage.model, stage.reader.inputs(batch)
-        lengths = torch.tensor([len(s.prompt) for s in batch.samples])
-        prompt = torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
         stack = list(decoder_layers(model)[1])
         entered = stage.prefix.replay(batch, inputs) if stage.place == 0 else entering(stack, stage.first, arrived)
-        with model.tasks(batch.tasks, prompt), entered:  # type: ignore[operator]
+        with model.tasks(batch.tasks, batch.prompt), entered:  # type: ignore[operator]
             if stage.place < stage.count - 1:
                 return hidden_before(model, stage.stop, inputs)
-            return self._loss(stage, batch, answer_nll(model, inputs, batch))
-
-    def _loss(self, stage: PipelineTeamStage, batch: Batch, nll: Tensor) -> Tensor:
-        by_sample = nll.new_zeros(len(batch.samples)).index_add(0, batch.owner.to(nll.device), nll)
-        names = [stage._run_of[t] for t in batch.tasks]
-        weighted = by_sample * nll.new_tensor([1 / self._tokens[n] for n in names])
-        for name, value in zip(names, weighted.tolist(), strict=True):
+            weighted, values = stage.weigh(batch, answer_nll(model, inputs, batch), self._tokens)
+        for name, value in values.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
         return weighted

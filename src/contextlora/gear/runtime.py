@@ -18,15 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from contextlora.config import TrainConfig
 from contextlora.data.collate import Sample, collate
-from contextlora.data.records import Example
 from contextlora.errors import PlanError, RunError
 from contextlora.gear.cost import QUEUE
 from contextlora.gear.plan import Group, Part, Plan, deal
 from contextlora.gear.stream import Piece, Receiver, Sender
 from contextlora.lora.attach import decoder_layers, gated_layers
-from contextlora.lora.sharing import Phase, Sharing
+from contextlora.lora.sharing import Sharing
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import Stage, clip
 from contextlora.training.prefix import FrozenPrefix
@@ -118,16 +116,9 @@ def pieces(team: Team, runs: Sequence[Order], first: int, total: int) -> Iterato
 class TeamStage(Stage):
     """A stage whose micro-batches are divided among trainers that hold all layers above the cut each."""
 
-    def __init__(
-        self,
-        team: Team,
-        reader: ImageFeatures,
-        prefix: Any,
-        examples: Sequence[Example],
-        phase: Phase,
-        config: TrainConfig,
-    ):
-        super().__init__(reader, prefix, examples, phase, config)
+    def __init__(self, team: Team, *given: Any):
+        """`given` is as in `Stage`."""
+        super().__init__(*given)
         self.team = team
 
     def update(self, update: int) -> dict[str, float]:
@@ -141,14 +132,19 @@ class TeamStage(Stage):
 
     def _gradients(self, runs: Sequence[TaskRun], update: int) -> dict[str, float]:
         batches = micro_batches(runs, update, self.team.group.size)
-        tokens = dict.fromkeys((r.name for r in runs), 0)
-        for s in (s for b in batches for s in b):
-            tokens[self._run_of[s.task]] += len(s.answer)
+        tokens = self._tokens(runs, batches)
         losses = dict.fromkeys(tokens, 0.0)
         for batch in self._mine(batches):
             for task, value in self._backward(collate(batch, self.reader.encoder.pad), tokens).items():
                 losses[task] += value
         return self._summed(runs, losses)
+
+    def _tokens(self, runs: Sequence[TaskRun], batches: Sequence[list[Sample]]) -> dict[str, int]:
+        """Answer tokens of the update by run, on all devices together."""
+        tokens = dict.fromkeys((r.name for r in runs), 0)
+        for s in (s for b in batches for s in b):
+            tokens[self._run_of[s.task]] += len(s.answer)
+        return tokens
 
     def _mine(self, batches: Sequence[list[Sample]]) -> list[list[Sample]]:
         g = self.team.group

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from contextlora.errors import RunError
+from contextlora.lora.attach import adapted_layers
 from contextlora.lora.folder import sync
 
 KEEP = 2
@@ -88,6 +91,19 @@ def load_latest(folder: Path, run: str) -> Checkpoint | None:
             )
         return found
     return None
+
+
+def layer_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that training may change in the layers, by the names that a checkpoint has for them; no copies."""
+    layers = adapted_layers(model).items()
+    return {f"{name}|{path}": t for path, layer in layers for name, t in layer.tensors().items()}
+
+
+@torch.no_grad()
+def restore_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Takes back what `layer_tensors` gave."""
+    for name, mine in layer_tensors(model).items():
+        mine.copy_(tensors[name])
 
 
 def clear(folder: Path) -> None:

@@ -88,7 +88,7 @@ def train(
         checkpoint.clear(folder)
     with (
         tracker or Tracker(Path(out)) as watch,
-        _learning_ends(model, plan.answering),
+        learning_ends(model, plan.answering),
         _recomputing(model, config.activation_checkpointing),
         _ctrl_c() as stop,
     ):
@@ -223,19 +223,21 @@ class Stage:
     def _backward(self, batch: Batch, tokens: dict[str, int]) -> dict[str, float]:
         """Adds the gradients of sum over runs of (sum of its answer tokens' loss / number of them in this update)."""
         inputs = self.reader.inputs(batch)
-        lengths = torch.tensor([len(s.prompt) for s in batch.samples])
-        prompt = torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
-        with self.model.tasks(batch.tasks, prompt), self.prefix.replay(batch, inputs):  # type: ignore[operator]
+        with self.model.tasks(batch.tasks, batch.prompt), self.prefix.replay(batch, inputs):  # type: ignore[operator]
             nll = answer_nll(self.model, inputs, batch)
+        weighted, values = self.weigh(batch, nll, tokens)
+        (weighted.sum() + self._extra(batch, tokens)).backward()  # type: ignore[no-untyped-call]
+        return values
+
+    def weigh(self, batch: Batch, nll: Tensor, tokens: dict[str, int]) -> tuple[Tensor, dict[str, float]]:
+        """Every sample's share of the update's loss, (samples,), and the sums of these by run."""
         by_sample = nll.new_zeros(len(batch.samples)).index_add(0, batch.owner.to(nll.device), nll)
         names = [self._run_of[t] for t in batch.tasks]
-        share = nll.new_tensor([1 / tokens[n] for n in names])
-        weighted = by_sample * share
-        (weighted.sum() + self._extra(batch, tokens)).backward()  # type: ignore[no-untyped-call]
+        weighted = by_sample * nll.new_tensor([1 / tokens[n] for n in names])
         values: dict[str, float] = {}
         for name, value in zip(names, weighted.tolist(), strict=True):
             values[name] = values.get(name, 0.0) + value
-        return values
+        return weighted, values
 
     def _extra(self, batch: Batch, tokens: dict[str, int]) -> Tensor | float:
         """The penalty of every run in the batch, by its share of the update's answer tokens; not in what is logged."""
@@ -251,16 +253,14 @@ class Stage:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the layers may change and the optimizers' states, for a checkpoint."""
-        layers = adapted_layers(self.model)
-        blocks = {f"{name}|{path}": t for path, layer in layers.items() for name, t in layer.tensors().items()}
-        return blocks | {name: value for run in self.runs for name, value in run.state().items()}
+        return checkpoint.layer_tensors(self.model) | {
+            name: value for run in self.runs for name, value in run.state().items()
+        }
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
-        for path, layer in adapted_layers(self.model).items():
-            for name, mine in layer.tensors().items():
-                mine.copy_(tensors[f"{name}|{path}"])
+        checkpoint.restore_layers(self.model, tensors)
         for run in self.runs:
             run.restore(tensors)
 
@@ -293,7 +293,7 @@ def task_samples(
 
 
 @contextmanager
-def _learning_ends(model: nn.Module, answering: Sharing) -> Iterator[None]:
+def learning_ends(model: nn.Module, answering: Sharing) -> Iterator[None]:
     """However the block ends, no parameter learns, no gradient is left, and tasks answer under `answering`."""
     try:
         yield

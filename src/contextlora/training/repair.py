@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from contextlora.config import TrainConfig
@@ -26,7 +25,7 @@ from contextlora.errors import ConfigError
 from contextlora.evaluation.evaluate import Answers, Evaluation, evaluate
 from contextlora.evaluation.metrics import Accuracy, score
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import adapted_layers, detach, gated_layers
+from contextlora.lora.attach import detach, gated_layers
 from contextlora.lora.sharing import Plan
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training import checkpoint
@@ -133,7 +132,7 @@ def isolate_and_repair(
         steps.append(
             bench.step("continued", (task,), clean.model_copy(update={"batch_size": single or clean.batch_size}))
         )
-        _restore(model, kept)
+        checkpoint.restore_layers(model, kept)
         return [*steps, replace(steps[0], name="retrained")]
     repair = clean.model_copy(update={"frozen_ratio": 1.0})
     steps.append(bench.anew("repaired", (task,), repair))
@@ -201,7 +200,7 @@ class _Bench:
             (folder / "seconds").unlink(missing_ok=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         if kept := checkpoint.load_latest(done, run):
-            _restore(self.model, kept.tensors)
+            checkpoint.restore_layers(self.model, kept.tensors)
             result = self._scored(kept.given)
         else:
             with _clock(folder / "seconds"):
@@ -268,12 +267,4 @@ def _clock(path: Path) -> Iterator[None]:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all that training may have changed."""
-    layers = adapted_layers(model).items()
-    return {f"{name}|{path}": t.clone() for path, layer in layers for name, t in layer.tensors().items()}
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, kept: dict[str, Tensor]) -> None:
-    for path, layer in adapted_layers(model).items():
-        for name, mine in layer.tensors().items():
-            mine.copy_(kept[f"{name}|{path}"])
+    return {name: t.clone() for name, t in checkpoint.layer_tensors(model).items()}
