@@ -37,6 +37,10 @@ Method = Literal[
     "lori-d",
     "lori-s",
     "copies",
+    "low-prerequisites",
+    "by-depth",
+    "learned-scales",
+    "shared-block",
 ]
 
 

@@ -16,6 +16,7 @@ from contextlora.baselines.beside import even_ranks
 from contextlora.baselines.lori import keep_largest
 from contextlora.baselines.mole import balance
 from contextlora.baselines.olora import orthogonality
+from contextlora.baselines.scales import SPEED
 from contextlora.config import Method, RunConfig, TrainConfig
 from contextlora.data.collate import Encoder, collate
 from contextlora.errors import ConfigError, RunError
@@ -67,7 +68,8 @@ def test_every_method_trains_as_many_parameters_and_learns(runs, words, method):
     config = TrainConfig(method=method)
     plan, start = planned(ALIKE, None, config), everything(model)
     blocks = sum(12 * (m.in_features + m.out_features) for m in adapted_layers(model).values())
-    assert count_trained(model, plan) == pytest.approx(blocks, rel=0.02)
+    placed = 5 / 9 if method == "by-depth" else 1  # of three layers, two have 8 of the 12 ranks and one the other 4
+    assert count_trained(model, plan) == pytest.approx(placed * blocks, rel=0.02)
     assert {t for phase in plan.phases for t in phase.tasks} == set(ALIKE.names)
     runs.train(model, processor, words, graph=ALIKE, method=method, epochs=40, out=runs.folder / "run")
     after = everything(model)
@@ -75,7 +77,7 @@ def test_every_method_trains_as_many_parameters_and_learns(runs, words, method):
     assert not any(p.requires_grad for p in model.parameters())
     answers = evaluate(model, processor, ALIKE, data=words, split="train").accuracy
     last = plan.phases[-1].runs[-1][-1]  # earlier ones may be forgotten: with O-LoRA they are
-    assert answers[last].mean > 0.6
+    assert answers[last].mean > (0.4 if method == "by-depth" else 0.6)  # a third of the layers learns it there
     assert (runs.folder / "run" / "adapter").exists() == (method == "paper")
     assert attached_state(model).sharing == plan.answering
 
@@ -423,3 +425,94 @@ def test_the_same_method_must_be_on_the_model(runs, words):
     model, processor = prepared("hydralora")
     with pytest.raises(RunError, match="E516"):
         runs.train(model, processor, words, graph=ALIKE, method="paper")
+
+
+# --- variants of ours ------------------------------------------------------------------------------------------------
+
+
+def chain_of_layers(method, graph=ALIKE, count=4):
+    """One linear in each of `count` decoder layers, with blocks filled, and the gate that they share."""
+    torch.manual_seed(0)
+    bases = {f"m.layers.{i}.up": torch.nn.Linear(6, 5, dtype=torch.float64) for i in range(count)}
+    state = GateState(graph)
+    layers = list(LAYERS[method](0)({p: m.requires_grad_(False) for p, m in bases.items()}, state).values())
+    for layer in layers:
+        layer.double()
+        for t in layer.tensors().values():
+            t.copy_(torch.randn(t.shape, dtype=torch.float64))
+    return layers, state, torch.randn(2, 3, 6, dtype=torch.float64)
+
+
+def by_hand(layer, x, **scales):
+    """The frozen layer and the named blocks, each times a number."""
+    return layer.base(x) + sum(
+        c * layer.graph.scale_of(t) * x @ layer.block(t)[0].T @ layer.block(t)[1] for t, c in scales.items()
+    )
+
+
+def test_low_prerequisites_are_on_in_the_lower_half_alone():
+    layers, state, x = chain_of_layers("low-prerequisites")
+    with state.use(state.gate(["action", "light"])):
+        for i, layer in enumerate(layers):
+            more = {"weather": 1, "light": 1} if i < 2 else {}
+            want = torch.stack([by_hand(layer, x[0], action=1, **more), by_hand(layer, x[1], light=1)])
+            assert torch.allclose(layer(x), want)
+
+
+def test_by_depth_every_level_learns_in_its_own_layers(runs, words):
+    before = everything(prepared("by-depth")[0])
+    model, processor = prepared("by-depth")
+    runs.train(model, processor, words, graph=ALIKE, method="by-depth")
+    for path, layer in adapted_layers(model).items():
+        moved = {t for t in ALIKE.names if layer.block(t)[1].any()}
+        assert moved == ({"action"} if ".layers.2." in path else {"weather", "light"})
+        assert torch.equal(before[path, "B"], torch.zeros_like(layer.B))
+
+
+def test_learned_scales_by_hand():
+    layers, state, x = chain_of_layers("learned-scales", count=1)
+    (layer,) = layers
+    state.sharing = planned(ALIKE, None, TrainConfig(method="learned-scales")).answering
+    layer.theta["action"].data = torch.tensor([[0.01, -0.04]], dtype=torch.float64)
+    layer.open({"action": 4, "scales of action": 1})
+    with state.use(state.gate(["action", "light"])):
+        y = layer(x)
+    want = [by_hand(layer, x[0], action=1, weather=1.25, light=0.0), by_hand(layer, x[1], light=1)]
+    assert torch.allclose(y, torch.stack(want))
+    (y * torch.arange(5)).sum().backward()
+    for k, p in enumerate(("weather", "light")):
+        closed = SPEED * ((by_hand(layer, x[0], **{p: 1}) - layer.base(x[0])) * torch.arange(5)).sum()
+        assert layer.theta["action"].grad[0, k].item() == pytest.approx(closed.item())
+    assert len(layer.owned("scales of action")) == 1
+
+
+def test_a_shared_block_by_hand():
+    layers, state, x = chain_of_layers("shared-block", count=1)
+    (layer,) = layers
+    both = 2.0 * x[0] @ layer.shared["A"].T @ layer.shared["B"]
+    with state.use(state.gate(["action", "light"])):
+        assert torch.allclose(layer(x)[0], by_hand(layer, x[0], action=1, weather=1, light=1) + both)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_a_shared_block_learns_from_all_roots_then_rests(runs, words):
+    """The gradient that the first run steps the shared block with is the sum over the samples of all roots."""
+    model, processor = prepared("shared-block")
+    stage = first_stage(model, processor, words, ALIKE, method="shared-block", batch_size=2)
+    stage._gradients(stage.runs, 0)
+    layer = next(iter(adapted_layers(model).values()))
+    together = layer.shared["B"].grad.clone()
+    alone = []
+    for run in stage.runs:
+        layer.shared["B"].grad = None
+        stage._gradients([run], 0)
+        alone.append(layer.shared["B"].grad.clone())
+    assert torch.allclose(together, sum(alone))
+    assert all(a.any() for a in alone)
+    first_stage(model, processor, words, ALIKE, at=1, method="shared-block")
+    assert not any(p.requires_grad for p in layer.shared.values())
+
+
+def test_a_block_of_one_rank_has_none_to_share():
+    with pytest.raises(ConfigError, match="E117 'weather' has one rank"):
+        planned(tiny.graph(rank=1), None, TrainConfig(method="shared-block"))

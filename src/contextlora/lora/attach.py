@@ -117,8 +117,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
-    """Those of them that hold blocks of a graph."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, GatedLinear)}
+    """Those of them that hold blocks of a graph and nothing else: what an adapter can be made of."""
+    return {n: m for n, m in model.named_modules() if type(m) is GatedLinear}
 
 
 def block_layers(model: nn.Module) -> dict[str, GatedLinear]:

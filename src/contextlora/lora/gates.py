@@ -76,7 +76,7 @@ class Gate:
         key = (batch, x.dim(), x.dtype, x.device, torch.is_inference_mode_enabled())
         if key not in self._cast:
             ranks = self.ranks.to(x.device) if isinstance(self.ranks, Tensor) else self.ranks
-            self._cast[key] = (ranks, self._fit(self.active, batch, x), self._fit(self.learns, batch, x))
+            self._cast[key] = (ranks, self.fit(self.active, x), self.fit(self.learns, x))
         return self._cast[key]
 
     def check(self, stamp: Tensor) -> None:
@@ -84,7 +84,9 @@ class Gate:
         if int(stamp) != int(self.stamp):
             raise RunError("E502", f"a layer that ran for tasks {self.tasks} was recomputed for others: {_INSIDE}")
 
-    def _fit(self, rows: Tensor, batch: int, x: Tensor) -> Tensor:
+    def fit(self, rows: Tensor, x: Tensor) -> Tensor:
+        """One row (features) a sample as (samples, 1, ..., features), for activations `x`. Raises RunError E501."""
+        batch = x.shape[0] if x.dim() > 2 else 1
         if rows.shape[0] not in (1, batch):  # beam search and option scoring repeat each sample in place
             if batch % rows.shape[0]:
                 raise RunError("E501", f"a batch of {batch} samples under tasks for {rows.shape[0]}: {self.tasks}")

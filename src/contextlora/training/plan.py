@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from contextlora.baselines import copies, hydralora, lora, lori, mole, olora
+from contextlora.baselines import copies, depth, hydralora, lora, lori, mole, olora, scales, shared
 from contextlora.config import TrainConfig
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
@@ -24,6 +24,10 @@ RIVALS: dict[str, Callable[[TaskGraph, Sequence[str]], Plan]] = {
     "lori-d": lori.dense,
     "lori-s": lori.sparse,
     "copies": copies.level_by_level,
+    "low-prerequisites": depth.level_by_level,
+    "by-depth": depth.level_by_level,
+    "learned-scales": scales.level_by_level,
+    "shared-block": shared.level_by_level,
 }
 LAYERS: dict[str, Callable[[int], Make]] = {  # of the rivals that need others than the graph's blocks, by seed
     "hydralora": hydralora.layers,
@@ -31,6 +35,10 @@ LAYERS: dict[str, Callable[[int], Make]] = {  # of the rivals that need others t
     "mole-joint": mole.layers,
     "lori-d": lori.layers,
     "lori-s": lambda seed: lori.layers(seed, lori.KEPT),
+    "low-prerequisites": depth.low,
+    "by-depth": depth.placed,
+    "learned-scales": scales.layers,
+    "shared-block": shared.layers,
 }
 
 
