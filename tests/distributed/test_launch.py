@@ -208,6 +208,18 @@ def test_every_division_ends_where_one_process_does(tmp_path, words, name):
     assert (tmp_path / "adapter" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["data, uneven", "streamed"])
+def test_prerequisites_answers_are_asked_in_shares_and_told_to_all(tmp_path, words, name):
+    config = {"epochs": 1, "batch_size": 3, "lr": 1e-2, "layers": "all" if name in SINGLE else "2-2"}
+    silent = alone(words, tmp_path / "silent", torch.float64, **config)
+    want = alone(words, tmp_path / "alone", torch.float64, context="predicted", **config)
+    assert any((want[k] - silent[k]).abs().max() > 1e-3 for k in want), "the answers in the prompt matter"
+    got = together(tmp_path, words, {**SINGLE, **TOP}[name], "float64", context="predicted", **config)
+    for device, blocks in got.items():
+        worst = max((blocks[k] - want[k]).abs().max().item() for k in want)
+        assert worst < 1e-9, f"{device}: {worst}"
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

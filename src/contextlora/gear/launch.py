@@ -18,9 +18,10 @@ from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Encoder
 from contextlora.data.records import data_hash
 from contextlora.errors import PlanError, RunError
+from contextlora.evaluation.evaluate import Answers
 from contextlora.gear.pipeline import PipelineTeamStage
 from contextlora.gear.plan import Plan
-from contextlora.gear.runtime import Team, TeamStage, exchange, prefix_of, stream, teams
+from contextlora.gear.runtime import Team, TeamStage, ask_prerequisites, exchange, prefix_of, stream, teams
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import attached_state
@@ -66,13 +67,13 @@ def train_planned(
         The model, with all blocks trained, on every device.
 
     Raises:
-        PlanError: E410 another number of devices, E409 a plan of another graph, a form or context that cannot be run.
+        PlanError: E410 another number of devices, E409 a plan of another graph.
         RunError: as `train`, E529 a parameter without gradient, E530 another device is gone.
     """
     if attached_state(model) is None:
         prepare(model, graph, config)
     whole = planned(graph, None, config)
-    _check(plan, [phase.tasks for phase in whole.phases], config)
+    _check(plan, [phase.tasks for phase in whole.phases])
     examples = training_examples(data, graph, config)
     reader = features or ImageFeatures(model, Encoder(processor, graph))
     mine = teams(plan, me)
@@ -83,9 +84,10 @@ def train_planned(
         checkpoint.clear(here / "checkpoints")
     with tracker or Tracker(here) as watch, learning_ends(model, whole.answering), _with_others():
         for index, (phase, team) in list(enumerate(zip(whole.phases, mine, strict=True)))[first:]:
+            given = ask_prerequisites(reader, examples, phase.tasks, config)
             if team is not None:
                 runs = tuple(r for r in phase.runs if set(r) <= set(team.group.tasks))
-                _work(team, reader, examples, replace(phase, runs=runs), config, watch, index)
+                _work(team, reader, examples, replace(phase, runs=runs), config, given, watch, index)
             exchange(model, plan, index, phase.sharing)
             checkpoint.save(
                 here / "checkpoints", checkpoint.Checkpoint(index + 1, 0, run, checkpoint.layer_tensors(model))
@@ -102,18 +104,19 @@ def _work(
     examples: Sequence[Any],
     phase: Phase,
     config: TrainConfig,
+    given: dict[str, Answers],
     watch: Tracker,
     index: int,
 ) -> None:
     """One stage of one device."""
     if not team.trains:
-        samples = {t: task_samples(reader, examples, t, config.context, {}) for t in phase.tasks}
+        samples = {t: task_samples(reader, examples, t, config.context, given) for t in phase.tasks}
         at_once = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
         orders = [Order(run, [s for t in run for s in samples[t]], at_once) for run in phase.runs]
         stream(team, reader, orders, 0, max(o.total for o in orders))
         return
     make = PipelineTeamStage if team.group.form == "pipeline" else TeamStage
-    stage = make(team, reader, FrozenPrefix(reader, 0), examples, phase, config)
+    stage = make(team, reader, FrozenPrefix(reader, 0), examples, phase, config, given)
     stage.prefix = prefix_of(team, reader, stage.runs, 0, stage.total)
     watch.stage(f"[{index + 1}] {', '.join(team.group.tasks)} on {team.me}", stage.total)
     for update in range(stage.total):
@@ -139,13 +142,11 @@ def _go_on(model: nn.Module, here: Path, run: str) -> int:
     return latest
 
 
-def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -> None:
+def _check(plan: Plan, stages: Iterable[tuple[str, ...]]) -> None:
     ours = [sorted(t) for t in stages]
     theirs = [sorted(t for p in s.groups for t in p.group.tasks) for s in plan.stages]
     if ours != theirs:
         raise PlanError("E409", f"the plan trains {theirs}, and this run {ours}; plan again")
-    if config.context == "predicted":
-        raise PlanError("E409", "context: predicted cannot be launched yet; use gold or none", where="train.context")
 
 
 def _aligned(config: RunConfig, resume: bool, silent: bool) -> None:

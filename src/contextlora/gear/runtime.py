@@ -9,6 +9,7 @@ are summed before clipping, so that every division among devices gives the gradi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from contextlora.config import TrainConfig
 from contextlora.data.collate import Sample, collate
+from contextlora.data.records import Example
 from contextlora.errors import PlanError, RunError
+from contextlora.evaluation.evaluate import Answers, context_for
 from contextlora.gear.cost import QUEUE
 from contextlora.gear.plan import Group, Part, Plan, deal
 from contextlora.gear.stream import Piece, Receiver, Sender
@@ -194,6 +198,38 @@ def stream(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: int,
         if piece.source == me:
             sender.send(piece)
     sender.finish()
+
+
+def ask_prerequisites(
+    reader: ImageFeatures, examples: Sequence[Example], tasks: Sequence[str], config: TrainConfig
+) -> dict[str, Answers]:
+    """With `context: predicted`, what the prerequisites of `tasks` answer to every picture, by task; else nothing.
+
+    Each device asks about its share of the pictures, and tells all others what it has heard.
+    """
+    if config.context != "predicted":
+        return {}
+    mine: dict[str, Answers] = {}
+    ways = dict.fromkeys(reader.encoder.graph.names, "predicted")
+    for task in tasks:
+        asked = [e for e in examples if task in e.answers]
+        context_for(reader, asked[dist.get_rank() :: dist.get_world_size()], task, ways, mine)
+    given: dict[str, Answers] = {}
+    for told in _from_all(mine):
+        for task, answers in told.items():
+            given.setdefault(task, {}).update({i: tuple(a) for i, a in answers.items()})
+    return given
+
+
+def _from_all(mine: Any) -> list[Any]:
+    """What every device has, as JSON: torch's own exchange of objects would unpickle what comes."""
+    text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    room = max(int(n) for n in sizes)
+    texts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.cat([text, text.new_zeros(room - len(text))]))
+    return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
 
 @torch.no_grad()
