@@ -1,0 +1,1 @@
+"""SO-LoRA: fine-tuning between wireless peers that exchange sparse slices, without a server."""
