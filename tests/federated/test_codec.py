@@ -176,17 +176,20 @@ def test_a_deflate_bomb_costs_no_memory():
     assert peak < 4 * len(body)
 
 
+def unless_refused(read, *args):
+    try:
+        return read(*args)
+    except PeerError as e:
+        return None if e.code == "E631" else pytest.fail(str(e))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 100), st.sampled_from(Codec))
 def test_any_bytes_decode_or_are_refused(data, count, codec):
-    try:
-        assert np.isfinite(decode(data, [count], codec)).all()
-    except PeerError as e:
-        assert e.code == "E631"
-    try:
-        assert decode_mask(data, count).shape == (count,)
-    except PeerError as e:
-        assert e.code == "E631"
+    values = unless_refused(decode, data, [count], codec)
+    assert values is None or (values.shape == (count,) and np.isfinite(values).all())
+    mask = unless_refused(decode_mask, data, count)
+    assert mask is None or mask.shape == (count,)
 
 
 @given(st.binary(max_size=500))
@@ -197,7 +200,7 @@ def test_sections_round_trip(stream):
     assert (out, bytes(rest)) == (stream, b"more")
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------------
+# --- masks -----------------------------------------------------------------------------------------------------------
 
 
 def mask_of(size, active, seed=0):
@@ -214,10 +217,8 @@ def test_masks_round_trip(size, density, seed, run):
     np.testing.assert_array_equal(decode_mask(payload, size), mask)
     assert payload == encode_mask(mask)
     for other in {size - 1, size + 1, 2 * size + 9} - {-1}:
-        try:
-            assert decode_mask(payload, other).size == other  # a mask of that size may look like this too
-        except PeerError as e:
-            assert e.code == "E631"
+        read = unless_refused(decode_mask, payload, other)
+        assert read is None or read.size == other  # a mask of that size may look like this too
 
 
 @pytest.mark.parametrize("density", [0.0005, 0.01, 0.05, 0.1, 0.25, 0.75, 0.9, 0.999])

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, str | int | float | bool | None]
 
-_UNACKNOWLEDGED = 2  # sent versions that are remembered until someone says that they have arrived
-
 
 class Outbox:
     """The sender's end for one task's slice.
@@ -56,7 +54,7 @@ class Outbox:
         self.key, self.run, self.task, self.full, self.delta = key, run_hash(run), task, full, delta
         self._mask, self._counts = bytes(32), [0]
         self._base: tuple[int, Floats] | None = None
-        self._sent: dict[int, Floats] = {}
+        self._sent: tuple[int, Floats] | None = None
 
     def announce(self, mask: Bits, sizes: Sequence[int], *, version: int, round: int) -> bytes:
         """The message that makes a mask known; values sent from now on are those of its active entries.
@@ -90,20 +88,20 @@ class Outbox:
             held = decode(payload, self._counts, codec)
         what = (base, codec, held.size, self._mask, _state(held))
         message = seal(Header(kind, self.run, self.task, version, round, *what), payload, self.key)
-        self._sent[version] = held
-        while len(self._sent) > _UNACKNOWLEDGED:
-            del self._sent[next(iter(self._sent))]
+        self._sent = version, held
         return message
 
     def acknowledged(self, version: int) -> None:
-        """Every receiver holds this version: the next difference is against it. Others than sent change nothing."""
-        if version in self._sent:
-            self._base = version, self._sent[version]
-            self._sent = {v: held for v, held in self._sent.items() if v > version}
+        """Every receiver holds this version: if it is the last one sent, the next difference is against it.
+
+        An answer that is late changes nothing: receivers keep the base that messages name, and the last version.
+        """
+        if self._sent is not None and self._sent[0] == version:
+            self._base, self._sent = self._sent, None
 
     def forget(self) -> None:
         """Someone holds no version that a difference could be against: the next message is whole."""
-        self._base, self._sent = None, {}
+        self._base, self._sent = None, None
 
 
 def send_row(key: Ed25519PrivateKey, run: str, task: str, row: Row, *, version: int, round: int) -> bytes:
