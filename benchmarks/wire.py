@@ -4,8 +4,8 @@ python benchmarks/wire.py [--draws normal student]
 
 28 layers, seven linears each, rank 32, one entry of B in ten active in each linear. Values are drawn, not trained:
 normal, or Student's t with 4 degrees of freedom (heavy tails), each linear with a standard deviation of its own
-(log-normal, sigma 0.5); a round moves them by a tenth of such a draw. Masks are drawn uniformly, which is what the bound
-assumes. Every number of bytes is that of whole messages as an outbox sends them, and an inbox has opened each.
+(log-normal, sigma 0.5); a round moves them by a tenth of such a draw. Masks are drawn uniformly, which is what the
+bound assumes. Every number of bytes is that of whole messages as an outbox sends them, and an inbox has opened each.
 
 The bound is for the values as quantised: zero-order entropy of the levels and of the blocks' scales (of the words, for
 bf16), pooled over the linears; and log2 C(n, k) for each linear's mask, once. Deflate's tables follow the linears' own

@@ -223,6 +223,16 @@ def test_a_known_sender_cannot_say_just_anything():
     box.open(message)
 
 
+def test_a_refused_difference_leaves_its_base_where_it_was():
+    out, box = opened()
+    box.open(out.send(values(), version=1, round=1))
+    out.acknowledged(1)
+    delta = out.send(values(1), version=2, round=2)
+    refused(box, resealed(delta, state=bytes(32)), "E632")
+    refused(box, resealed(delta, payload=delta[OVERHEAD:-1]), "E631")
+    box.open(delta)
+
+
 def test_a_sum_that_overflows_is_refused():
     out, box = opened()
     big = np.full(values().size, 3e38, np.float32)

@@ -156,10 +156,8 @@ def _to_bf16(x: Floats) -> NDArray[np.uint16]:
 
 
 def _to_bf16_up(x: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """The smallest bf16 that is not below x, for x >= 0 well inside float32's range."""
-    single = x.astype(np.float32)
-    single = np.where(single < x, np.nextafter(single, np.float32(np.inf)), single)
-    return ((single.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
+    """The smallest bf16 that is not below x as float32, for x >= 0 well inside its range."""
+    return ((x.astype(np.float32).view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
 
 
 def _from_bf16(words: NDArray[np.uint16]) -> Floats:
