@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench,peers,dev]'
 	touch $@
 
 clean:
