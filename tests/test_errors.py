@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from contextlora.errors import AdapterError, ConfigError, ContextLoRAError, DataError, RunError, did_you_mean
+from contextlora.errors import AdapterError, ConfigError, ContextLoRAError, DataError, PeerError, RunError, did_you_mean
 
-FAMILIES = [(ConfigError, "E101"), (DataError, "E201"), (AdapterError, "E301"), (RunError, "E501")]
+FAMILIES = [(ConfigError, "E101"), (DataError, "E201"), (AdapterError, "E301"), (RunError, "E501"), (PeerError, "E640")]
 
 
 @pytest.mark.parametrize(("kind", "code"), FAMILIES)

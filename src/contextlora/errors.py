@@ -69,6 +69,12 @@ class RunError(ContextLoRAError):
     family = "E5"
 
 
+class PeerError(ContextLoRAError):
+    """A peer, message, table or measurement of the federation that cannot be used (E6xx)."""
+
+    family = "E6"
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
