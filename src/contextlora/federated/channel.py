@@ -152,7 +152,7 @@ class RadioChannel:
         """Shape (M, M): mean power gain d^-alpha between devices; the diagonal means nothing."""
         at = self.positions(round_)
         metres = np.maximum(np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1)), self.radio.nearest)
-        return 10 ** (-self.radio.loss_at_1_km / 10) * (metres / 1e3) ** -self.radio.exponent
+        return np.asarray(10 ** (-self.radio.loss_at_1_km / 10) * (metres / 1e3) ** -self.radio.exponent)
 
     def fading(self, round_: int, a: str, b: str) -> float:
         """rho, the power gain of Rayleigh fading between two devices in a round: Exp(1), the same both ways."""
@@ -223,8 +223,9 @@ def slowest(rates: Floats, bits: Floats, cast: Cast) -> Floats:
             W / n and p_max / n each, which keeps the signal-to-noise ratio: each has 1 / n of the rate.
         bits: (m,).
     """
+    worst = np.where(np.eye(len(bits), dtype=bool), np.inf, rates).min(axis=1)
     with np.errstate(divide="ignore"):
-        return _turns(len(bits) - 1, cast) * bits / np.where(np.eye(len(bits), dtype=bool), np.inf, rates).min(axis=1)
+        return np.asarray(_turns(len(bits) - 1, cast) * bits / worst)
 
 
 def at_full_power(rates: Floats, receivers: tuple[str, ...], bits: int, limits: Limits, cast: Cast) -> Transmission:

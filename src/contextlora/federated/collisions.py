@@ -26,10 +26,7 @@ def expected_rates(sparsity: Floats) -> Floats:
 
     Returns: (layers,).
     """
-    groups = ExpectedCollisions(sparsity)
-    for other in range(1, len(sparsity)):
-        groups.join(0, other)
-    return groups.rates[0]
+    return _all_joined(ExpectedCollisions(sparsity), len(sparsity))
 
 
 def measured_rates(masks: Bitmap, sizes: Sequence[int]) -> Floats:
@@ -41,10 +38,7 @@ def measured_rates(masks: Bitmap, sizes: Sequence[int]) -> Floats:
 
     Returns: (layers,).
     """
-    groups = MeasuredCollisions(masks, sizes)
-    for other in range(1, len(masks)):
-        groups.join(0, other)
-    return groups.rates[0]
+    return _all_joined(MeasuredCollisions(masks, sizes), len(masks))
 
 
 class Collisions(Protocol):
@@ -61,6 +55,12 @@ class Collisions(Protocol):
         """Makes group `a` the union of both; group `b` counts no more."""
 
 
+def _all_joined(groups: Collisions, count: int) -> Floats:
+    for other in range(1, count):
+        groups.join(0, other)
+    return np.asarray(groups.rates[0])
+
+
 class ExpectedCollisions:
     """Eq. 19 as a state: the probabilities that none, exactly one, or more devices of a group have a position active.
 
@@ -73,12 +73,13 @@ class ExpectedCollisions:
 
     def __init__(self, sparsity: Floats):
         self._one = np.array(sparsity, float)
-        self._none, self.rates = 1 - self._one, np.zeros_like(self._one)
+        self._none = 1 - self._one
+        self.rates: Floats = np.zeros_like(self._one)
 
     def joined(self, a: int) -> Floats:
         """See `Collisions`."""
         more, mine = self.rates, self.rates[a]
-        return (more + mine) - more * mine + self._one * self._one[a]
+        return np.asarray((more + mine) - more * mine + self._one * self._one[a])
 
     def join(self, a: int, b: int) -> None:
         """See `Collisions`."""
@@ -103,11 +104,12 @@ class MeasuredCollisions:
         if masks.dtype != np.uint8 or masks.ndim != 2 or masks.shape[1] != sum(widths):
             text = f"masks of {sum(widths)} bytes a device were expected, got {masks.dtype} of shape {masks.shape}"
             raise PeerError("E642", text)
-        ends = np.cumsum(widths)
+        ends = np.cumsum(widths, dtype=np.intp)
         spare = np.array([(1 << (-n % 8)) - 1 for n in sizes], np.uint8)
         if np.any(masks[:, ends - 1] & spare):
             raise PeerError("E642", "a mask has bits set beyond the end of a layer")
-        self._starts, self._sizes = ends - widths, np.array(sizes, float)
+        self._starts = ends - np.array(widths, np.intp)
+        self._sizes = np.array(sizes, float)
         self._any, self._more = masks.copy(), np.zeros_like(masks)
 
     @property
@@ -126,4 +128,5 @@ class MeasuredCollisions:
 
     def _counted(self, bits: Bitmap) -> Floats:
         """Share of set bits in each layer, (K, layers)."""
-        return np.add.reduceat(np.bitwise_count(bits), self._starts, axis=1, dtype=np.int64) / self._sizes
+        counts = np.add.reduceat(np.bitwise_count(bits), self._starts, axis=1, dtype=np.int64)
+        return np.asarray(counts / self._sizes)
