@@ -30,11 +30,15 @@ def _parser(units: dict[str, float], example: str) -> Any:
 _BYTES = {f"{p}B": float(n) for p, n in (_PREFIX | _BINARY).items()}
 _RATES = {f"{p}bit/s": float(n) for p, n in _PREFIX.items()} | {f"{p}B/s": 8.0 * n for p, n in _PREFIX.items()}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_FREQUENCIES = {f"{p}Hz": float(_PREFIX[p]) for p in ("", "k", "M", "G")}
 
 Bytes = Annotated[float, _parser(_BYTES, "6 GB"), Field(gt=0)]
 BytesOrNone = Annotated[float, _parser(_BYTES, "300 MB"), Field(ge=0)]
 BitRate = Annotated[float, _parser(_RATES, "100 Mbit/s"), Field(gt=0)]
 Seconds = Annotated[float, _parser(_TIMES, "2 ms"), Field(ge=0)]
+Hertz = Annotated[float, _parser(_FREQUENCIES, "20 MHz"), Field(gt=0)]
+Watts = Annotated[float, _parser({"W": 1.0, "mW": 1e-3}, "200 mW"), Field(gt=0)]
+Metres = Annotated[float, _parser({"m": 1.0, "km": 1e3}, "200 m"), Field(ge=0)]
 
 
 def show_bytes(n: float) -> str:
