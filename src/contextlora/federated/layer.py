@@ -41,7 +41,6 @@ class SparseLinear(GatedLinear):
     ):
         super().__init__(base, state, name, seed=seed, dtype=dtype)
         self.register_buffer("mask", torch.zeros(self.B.shape, dtype=torch.bool, device=self.B.device))
-        self._settled: dict[str, tuple[nn.Parameter, int]] = {}
 
     @torch.no_grad()
     def reset(self, task: str, seed: int) -> None:
@@ -77,16 +76,11 @@ class SparseLinear(GatedLinear):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Puts values that an optimizer has changed in their places in B.
-
-        Only changed ones: a needless write would spoil what an earlier forward pass has saved for its backward.
-        """
+        """Puts the learning values in their places in B, whatever changed them: the fused optimizers leave no trace."""
         for task, rows in self._rows.items():
             values, at = self.learning[f"{task}_B"], self.learning[f"{task}_at"]
-            before, version = self._settled.get(task, (None, -1))
-            if values is not before or values._version != version:
-                self.B[rows.start : rows.stop].view(-1)[at] = values
-                self._settled[task] = values, values._version
+            # through .data: mostly they are there already, and that must not spoil what an earlier pass has saved
+            self.B.data[rows.start : rows.stop].view(-1)[at] = values
 
     def forward(self, x: Tensor) -> Tensor:
         self.settle()
@@ -99,7 +93,7 @@ class SparseLinear(GatedLinear):
         return self.A[rows.start : rows.stop], whole.view(len(rows), -1)
 
     def _be_views(self) -> None:
-        self._settled = {}  # values are no views of B, but a copy of them counts its versions anew
+        """The learning values are no views of B; `settle` ties them."""
 
     # --- slices ------------------------------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ def local_run(
         raise PeerError("E624", f"{updates} updates after {at.update}, but {total} in all", where=task)
     phase = Phase(((task,),), along_graph(graph_of(model), 1.0))
     load_slice(model, at.block, at.learns)
-    losses = []
+    losses: list[float] = []
     with learning_ends(model, phase.sharing):
         stage = Stage(reader, prefix or FrozenPrefix(reader, 0), examples, phase, config)
         (run,) = stage.runs

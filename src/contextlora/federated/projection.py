@@ -4,9 +4,9 @@ One block a task, rows of norm 1, and blocks of different tasks exactly orthogon
 
     A_i A_j^T = 0 for i != j,  A_i A_i^T = I       (d_in >= sum of ranks up to and with the later of i, j)
 
-Then <w_i, w_j>_F = <B_i B_j^T, A_i A_j^T> = 0 whatever B learns (Theorem 2). A block beyond d_in has no room left and is
-Gaussian, N(0, 1/d_in): its overlap with any other is up to r / d_in, which is all that the paper's own independent
-Gaussian blocks reach. Entries of the paper's variance 1 would make A x sqrt(d_in) times as long, to no use.
+Then <w_i, w_j>_F = <B_i B_j^T, A_i A_j^T> = 0 whatever B learns (Theorem 2). A block beyond d_in has no room left and
+is Gaussian, N(0, 1/d_in): updates that want the same then have a cosine of up to r / d_in, which is all that the
+paper's own independent Gaussian blocks reach. Its variance of 1 would make A x longer by sqrt(d_in), to no use.
 
 Why norm 1: it is what a row of N(0, 1/d_in) has on average, so E |A x|^2 = r / d_in |x|^2 on both sides of that border,
 and one learning rate serves both. LoRA's usual first A is shorter by sqrt 3.

@@ -1,4 +1,4 @@
-"""How many entries of B learn in each layer, and which (SO-LoRA eq. 18 and 20 to 22, as SEMANTICS section 4 reads them).
+"""How many entries of B learn in each layer, and which (SO-LoRA eq. 18 and 20 to 22).
 
 Deviations from the paper: the score is |sum of gradients| at B = 0, since after one step of Adam all |B| are equal; a
 layer's share is cut off at d r and what is cut goes to the others (eq. 22 has max for min and loses the rest).
@@ -96,9 +96,7 @@ def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def water_fill(
-    total: int, weights: NDArray[np.float64], caps: NDArray[np.int64], floor: int = 0
-) -> NDArray[np.int64]:
+def water_fill(total: int, weights: NDArray[np.float64], caps: NDArray[np.int64], floor: int = 0) -> NDArray[np.int64]:
     """Whole numbers that add up to `total`: n_l = clip(level w_l, floor, cap_l), rounded by largest remainder.
 
     Among all real n within the bounds this is the one with the highest sum of w_l log n_l.
@@ -136,7 +134,8 @@ def _global(found: Calibration, total: int) -> NDArray[np.int64]:
     """Entries of each layer among the `total` highest scores of all layers; earlier layers first where equal."""
     chosen = _highest(np.concatenate([s.ravel() for s in found.scores.values()]), total)
     ends = np.cumsum([s.size for s in found.scores.values()])
-    return np.diff(np.searchsorted(chosen, ends), prepend=0)
+    counts: NDArray[np.int64] = np.diff(np.searchsorted(chosen, ends), prepend=0)
+    return counts
 
 
 def _highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
