@@ -150,12 +150,16 @@ class GatedLinear(AdaptedLinear):
         if gate is None:
             return self.base(x)  # type: ignore[no-any-return]
         taught = [t for t in gate.teaches if t in self._rows] if torch.is_grad_enabled() else []
-        learning = [self.learning[f"{t}_{side}"] for t in taught for side in "AB"]
+        learning = [p for t in taught for p in self._learning(t)]
         columns = [gate.columns[t][: len(self._rows[t])] for t in taught]
         if self._plain(x):
             return _Gated.apply(x, self.base.weight, self.base.bias, self.A, self.B, gate, columns, *learning)  # type: ignore[no-any-return, no-untyped-call]
         y = self.base(x)
         return y + _Gated.apply(x.to(y.dtype), None, None, self.A, self.B, gate, columns, *learning)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _learning(self, task: str) -> tuple[Tensor, Tensor]:
+        """What takes the gradients of an opened block's rows of A and B; one that needs none gets none."""
+        return self.learning[f"{task}_A"], self.learning[f"{task}_B"]
 
     def _plain(self, x: Tensor) -> bool:
         """Whether base and block can share one kernel: an ordinary frozen linear without hooks, outside autocast.
@@ -216,14 +220,14 @@ class _Gated(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dh @ a if weight is None else (dy @ weight).addmm_(dh, a)
             dx = dx.view(ctx.shape)
-        grads: list[Tensor] = []
+        grads: list[Tensor | None] = []
         if ctx.columns:
             start = min(c.start for c in ctx.columns)  # one product for all blocks: thin ones cost as much as wide ones
             span = slice(start, max(c.stop for c in ctx.columns))
-            dA = (_times(dh, learns, ctx)[:, span].T @ flat).to(ctx.master)
+            dA = (_times(dh, learns, ctx)[:, span].T @ flat).to(ctx.master) if any(ctx.needs_input_grad[7::2]) else None
             dB = (_times(h, learns, ctx)[:, span].T @ dy).to(ctx.master)
-            for c in ctx.columns:
-                grads += [dA[c.start - start : c.stop - start], dB[c.start - start : c.stop - start]]
+            for rows in (slice(c.start - start, c.stop - start) for c in ctx.columns):
+                grads += [None if dA is None else dA[rows], dB[rows]]
         return dx, None, None, None, None, None, None, *grads
 
 
