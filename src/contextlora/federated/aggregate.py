@@ -1,0 +1,228 @@
+"""What a device holds after a round: SO-LoRA's aggregation and its rivals, as plain functions of one signature.
+
+    held = strategy(own, arrived, held)
+
+`own` is the device's own update, `arrived` what its peers sent and the deadline let in, in any order; who is late or
+gone is simply not among them. Every sum runs over senders by name, entry by entry in float64, so that two devices which
+got the same updates and held the same hold the very same bytes afterwards, whatever machine they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contextlora.errors import PeerError, did_you_mean
+from contextlora.federated.means import mean, over
+from contextlora.federated.robust import clipped, trimmed_mean
+from contextlora.federated.slices import Layer, Slice
+
+EVERYONE = "everyone"  # the task in whose name methods with one block for all tasks derive their A
+Projections = Mapping[Layer, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One device's slice as it comes out of a round of local training.
+
+    Attributes:
+        sender: the device's name; sums run in its order.
+        samples: the device trained on, N_j.
+        version: counts up with every update of this sender.
+        cluster: the sender's, where the strategy keeps clusters apart.
+        a: A by layer, (r, d_in), of methods that train it; None where it comes from the shared seed.
+    """
+
+    sender: str
+    slice: Slice
+    samples: int = 1
+    version: int = 0
+    cluster: str = ""
+    a: Projections | None = None
+
+    def __post_init__(self) -> None:
+        arrays = [*self.slice.values.items(), *(self.a or {}).items()]
+        odd = [layer for layer, v in arrays if not np.isfinite(v).all()]
+        if odd:  # one of them would spoil every mean it enters
+            raise PeerError("E613", f"'{self.sender}' sent values that are not finite", where=odd[0])
+        if self.samples < 1:
+            raise PeerError("E613", f"'{self.sender}' claims {self.samples} samples; an update comes of at least one")
+
+
+@dataclass(frozen=True)
+class Held:
+    """The adapters on a device and how an input finds them: y = W x + sum over the slices found of B A x.
+
+    Attributes:
+        slices: by cluster ("" where clusters do not matter) and task; B of each, whose A is that of its task.
+        choice: "gate" (routing, eq. 26 to 29), "oracle" (the input's true task) or "sum" (all of them, always).
+        a: the learnt A that takes the seed's place; None where A is frozen.
+    """
+
+    slices: Mapping[tuple[str, str], Slice] = field(default_factory=dict)
+    choice: Literal["gate", "oracle", "sum"] = "gate"
+    a: Projections | None = None
+
+
+Strategy = Callable[[Update, Sequence[Update], Held], Held]
+
+
+def ours(
+    own: Update,
+    arrived: Sequence[Update],
+    held: Held,
+    *,
+    by_samples: bool = False,
+    liars: int = 0,
+    clip: float | None = None,
+) -> Held:
+    """Count-normalised means within a task; different tasks stay beside one another behind the gate.
+
+        B_e = sum_j w_j B_j,e / sum_j w_j    over the devices j of the task whose entry e arrived, w_j = 1 or N_j
+
+    An entry of which nothing arrived keeps what the device held: a message lost in one round unlearns nothing.
+
+    Args:
+        by_samples: weighs by N_j.
+        liars: so many senders of one task may send anything; `robust.trimmed_mean` then takes the mean's place, all
+            weighing alike, since N_j is a sender's own word. What too few have sent for the others to outvote the
+            liars is not taken over in the device's own task: there it keeps its own values. Another task of at most
+            2 x liars senders is taken on trust; what is false in it can mislead inputs of that task alone.
+        clip: how many times the median update of its task a sender may move from what was held; see `robust.clipped`.
+    """
+    slices = dict(held.slices)
+    for task, group in _by(_round(own, arrived), lambda u: u.slice.task).items():
+        before, sent = slices.get(("", task)), [u.slice for u in group]
+        if clip is not None:
+            sent = clipped(sent, before, clip)
+        if not liars or (len(sent) <= 2 * liars and task != own.slice.task):
+            new = mean(sent, [u.samples if by_samples else 1 for u in group])
+        else:
+            new = trimmed_mean(sent, liars)
+            new = over(own.slice, new) if task == own.slice.task else new
+        slices["", task] = over(before, new)
+    return Held(_sorted(slices), "gate")
+
+
+def hard_routing(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False) -> Held:
+    """The oracle: the adapters of `ours`, each input sent to that of its true task."""
+    return replace(ours(own, arrived, held, by_samples=by_samples), choice="oracle")
+
+
+def lori_cat(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False) -> Held:
+    """LoRI's merging by concatenation: the adapters of `ours`, all of them always on, y = W x + sum_i B_i A_i x."""
+    return replace(ours(own, arrived, held, by_samples=by_samples), choice="sum")
+
+
+def local(own: Update, arrived: Sequence[Update], held: Held) -> Held:
+    """Nobody's but the device's own."""
+    return Held({("", own.slice.task): own.slice}, "sum")
+
+
+def paper_mean(own: Update, arrived: Sequence[Update], held: Held) -> Held:
+    """Eq. 24 to the letter: one plain mean over all tasks of a cluster, behind every member's A.
+
+        y = W x + sum_c sum_{j in c} (1 / |c| sum_{i in c} B_i . M_i) A_j x,    c the clusters
+
+    |c| counts the members that arrived. At S = 0 no two of them share an entry, and still each is divided by |c|: the
+    gap that Theorem 1 bounds by a multiple of S is then (1 - 1 / |c|) of the whole update. Two members of one task
+    have one A, which is taken once. A cluster of which nothing arrived is kept as it was; one that was formed anew is
+    not known to replace another, so begin with an empty `held` then.
+    """
+    slices = dict(held.slices)
+    for cluster, group in _by(_round(own, arrived), lambda u: u.cluster).items():
+        for stale in [k for k in slices if k[0] == cluster]:
+            del slices[stale]
+        merged = mean([u.slice for u in group], [1] * len(group), counted=False)
+        slices |= {(cluster, u.slice.task): replace(merged, task=u.slice.task) for u in group}
+    return Held(_sorted(slices), "gate")
+
+
+def single_cluster(own: Update, arrived: Sequence[Update], held: Held) -> Held:
+    """`paper_mean` with all devices in one cluster, however often their masks collide."""
+    return paper_mean(replace(own, cluster=""), [replace(u, cluster="") for u in arrived], Held())
+
+
+def fedavg_lora(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = True) -> Held:
+    """Traditional LoRA: A and B averaged apart, eq. 9 and 10, one adapter for all tasks.
+
+        A = sum_j a_j A_j,  B = sum_j a_j B_j,  a_j = N_j / sum N over those that arrived
+
+    The mean of products is not the product of means, eq. 13: that is what this baseline is there to show.
+    """
+    updates = _round(own, arrived)
+    weights = [u.samples if by_samples else 1 for u in updates]
+    known = [u.a for u in updates if u.a is not None]
+    if len(known) < len(updates) or any(a.keys() != known[0].keys() for a in known):
+        raise PeerError("E612", "fedavg_lora averages A too: every update must bring A of the same layers")
+    a = {layer: _weighted([k[layer] for k in known], weights, layer) for layer in sorted(known[0])}
+    return replace(ffa(own, arrived, held, by_samples=by_samples), a=a)
+
+
+def ffa(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = True) -> Held:
+    """FFA-LoRA: A frozen and the same for all tasks, B averaged (eq. 10), one adapter for all tasks.
+
+    Where A is the same, the mean of the products is the product with the mean. A mask's missing entries count as zero.
+    """
+    updates = _round(own, arrived)
+    weights = [u.samples if by_samples else 1 for u in updates]
+    merged = mean([u.slice for u in updates], weights, counted=False)
+    return Held({("", EVERYONE): replace(merged, task=EVERYONE)}, "sum")
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    f.__name__: f for f in (ours, paper_mean, fedavg_lora, ffa, lori_cat, single_cluster, local, hard_routing)
+}
+
+
+def strategy(name: str) -> Strategy:
+    """The strategy of that name. Raises PeerError E610."""
+    if name not in STRATEGIES:
+        raise PeerError("E610", f"no aggregation '{name}'.{did_you_mean(name, STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def _weighted(arrays: Sequence[NDArray[np.float32]], weights: Sequence[float], layer: Layer) -> NDArray[np.float32]:
+    if len({a.shape for a in arrays}) != 1:
+        raise PeerError("E612", f"A of {sorted({a.shape for a in arrays})} cannot be averaged", where=layer)
+    total = np.zeros(arrays[0].shape)
+    for array, w in zip(arrays, weights, strict=True):
+        total += w * array.astype(np.float64)
+    return (total / sum(weights)).astype(np.float32)
+
+
+def _round(own: Update, arrived: Sequence[Update]) -> list[Update]:
+    """The newest update of each sender and task, by sender: the order of every sum.
+
+    Raises PeerError E611 if a sender calls two different updates by one version: none of them can be the right one.
+    """
+    newest = {(own.sender, own.slice.task): own}
+    for u in arrived:
+        if u.sender == own.sender:
+            continue  # an echo; the device knows better
+        known = newest.setdefault((u.sender, u.slice.task), u)
+        if u.version > known.version:
+            newest[u.sender, u.slice.task] = u
+        elif u.version == known.version and _content(u) != _content(known):
+            raise PeerError("E611", f"'{u.sender}' sent two different updates as version {u.version}")
+    return [newest[k] for k in sorted(newest)]
+
+
+def _content(u: Update) -> tuple[object, ...]:
+    masks, values = u.slice.masks, u.slice.values
+    sent = {layer: (masks[layer].indices.tobytes(), values[layer].tobytes()) for layer in masks}
+    return u.samples, u.cluster, sent, {layer: a.tobytes() for layer, a in (u.a or {}).items()}
+
+
+def _by(updates: Sequence[Update], key: Callable[[Update], str]) -> dict[str, list[Update]]:
+    """Updates grouped by a name, each group still in the order of senders."""
+    return {name: list(group) for name, group in groupby(sorted(updates, key=key), key)}
+
+
+def _sorted(slices: Mapping[tuple[str, str], Slice]) -> dict[tuple[str, str], Slice]:
+    return {k: slices[k] for k in sorted(slices)}
