@@ -1,0 +1,1 @@
+"""What carries a federation's messages: many devices in one process (`local`), or one real device (`zenoh`)."""

@@ -1,0 +1,149 @@
+"""What all devices of a federation agree on: one YAML, read by a simulation and by every real device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from contextlora.config import TrainConfig, override
+from contextlora.errors import did_you_mean
+from contextlora.federated.settings import Limits, Radio
+from contextlora.gear.units import Seconds
+from contextlora.strict import Strict, read_yaml, validate
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class SliceConfig(Strict):
+    """How a task's sparse slice is laid out.
+
+    Attributes:
+        share: s, the share of B's entries over all layers that learn and travel.
+        allocation: how layers share it: "entropy" (eq. 20 to 22), "uniform" or "global".
+        temperature: of "entropy"; higher is more even.
+        floor: the fewest entries of a layer.
+        calibration: mini-batches that masks and entropies are taken from.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    allocation: Literal["entropy", "uniform", "global"] = "entropy"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    floor: Annotated[int, Field(ge=0)] = 1
+    calibration: Annotated[int, Field(ge=1)] = 8
+
+
+class WireConfig(Strict):
+    """How values travel: whole ones ("bf16", "int8", "int4") and differences (the same, or none)."""
+
+    full: Literal["bf16", "int8", "int4"] = "int8"
+    delta: Literal["bf16", "int8", "int4"] | None = "int4"
+
+
+class Fault(Strict):
+    """Something that goes wrong in a simulation.
+
+    Attributes:
+        what: "kill" (the device is gone, then comes back from its checkpoint), "drop" (its bundles are lost), "late"
+            (they arrive a round late), "corrupt" (a bit of each is flipped) or "partition" (the named devices and all
+            others do not hear each other).
+        who: devices.
+        rounds: first and last round, both included.
+    """
+
+    what: Literal["kill", "drop", "late", "corrupt", "partition"]
+    who: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    rounds: Annotated[tuple[int, int], Field(strict=False)]
+
+
+class Device(Strict):
+    """One device: its task, and its data where it is not an equal share of the task's."""
+
+    task: str
+    data: str | None = None
+
+
+class Federation(Strict):
+    """A federation.
+
+    Attributes:
+        name: of the run; all randomness follows from it and `seed`.
+        model, data, graph, dtype: as in a run's configuration.
+        out: the run's folder.
+        seed: of A, masks' ties, channel and order of samples.
+        rounds: T.
+        updates: local updates in each round.
+        exchange_every: rounds from one exchange between clusters to the next.
+        train: hyperparameters; epochs do not count here, updates do.
+        aggregate: "ours", or a rival: "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local".
+        trace: a CSV of measured rates in the place of the radio model.
+        wait: how long a real device waits for others in one slot; the deadline of `limits` is what planning counts.
+        devices: by name.
+        faults: of a simulation.
+    """
+
+    name: Name = "federation"
+    model: str = "smol"
+    data: str = "data"
+    graph: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    out: str = "runs/federation"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
+    updates: Annotated[int, Field(ge=1)] = 8
+    exchange_every: Annotated[int, Field(ge=1)] = 5
+    train: TrainConfig = TrainConfig()
+    slices: SliceConfig = SliceConfig()
+    wire: WireConfig = WireConfig()
+    aggregate: Literal["ours", "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local"] = "ours"
+    radio: Radio = Radio()
+    limits: Limits = Limits()
+    trace: str | None = None
+    wait: Annotated[Seconds, Field(gt=0)] = 30.0
+    devices: dict[Name, Device] = Field(min_length=1)
+    faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _task_alone(cls, value: Any) -> Any:
+        """`car: weather` for `car: {task: weather}`."""
+        if not isinstance(value, dict):
+            return value
+        return {n: {"task": d} if isinstance(d, str) else d for n, d in value.items()}
+
+    @model_validator(mode="after")
+    def _faults_befall_devices(self) -> Federation:
+        for fault in self.faults:
+            for who in fault.who:
+                if who not in self.devices:
+                    raise ValueError(f"faults: no device '{who}'.{did_you_mean(who, self.devices)}")
+        return self
+
+    @property
+    def graph_path(self) -> Path:
+        """Where the graph is read from."""
+        return Path(self.graph) if self.graph else Path(self.data) / "graph.yaml"
+
+    @property
+    def total_updates(self) -> int:
+        """Of each device, over all rounds."""
+        return self.rounds * self.updates
+
+
+def load_federation(path: str | Path, overrides: tuple[str, ...] = ()) -> Federation:
+    """Reads a federation's YAML; relative paths count from its folder. Raises ConfigError E101 to E103."""
+    data: Any = read_yaml(path)
+    for text in overrides:
+        data = override(data, text)
+    found = validate(Federation, data, path)
+    home = Path(path).parent
+    moved: dict[str, Any] = {
+        k: str(home / v) for k in ("data", "graph", "out", "trace") if (v := getattr(found, k)) is not None
+    }
+    if (home / found.model).is_dir():
+        moved["model"] = str(home / found.model)
+    moved["devices"] = {
+        n: d.model_copy(update={"data": str(home / d.data)}) if d.data else d for n, d in found.devices.items()
+    }
+    return found.model_copy(update=moved)

@@ -1,0 +1,327 @@
+"""One device of a federation: its own slice, what it has heard from others, and what it says to them.
+
+No transport and no clock here: `protocol.rounds` calls these methods in order, and someone else moves the bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from contextlora.data.records import Example
+from contextlora.errors import PeerError
+from contextlora.federated.aggregate import Held, Update, strategy
+from contextlora.federated.calibration import calibrate
+from contextlora.federated.channel import Channel
+from contextlora.federated.cluster import Clustering, cluster
+from contextlora.federated.codec import Codec
+from contextlora.federated.federation import Federation
+from contextlora.federated.layer import load_slice, sparse_layers
+from contextlora.federated.local import Local, first_batches, local_run
+from contextlora.federated.mailbox import Inbox, Message, Outbox, send_row
+from contextlora.federated.protocol import Bundles, Slot, unbundle
+from contextlora.federated.slices import Layer, Mask, Slice
+from contextlora.federated.sparsity import first_slice
+from contextlora.federated.table import Standing
+from contextlora.federated.wire import OVERHEAD, Kind, read_header
+from contextlora.models.inputs import ImageFeatures
+from contextlora.training.prefix import FrozenPrefix
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+Sends = Sequence[tuple[tuple[str, ...], list[bytes]]]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a device has of another one: its mask, and the messages as they came, which it may pass on."""
+
+    task: str
+    masks: Mapping[Layer, Mask]
+    announced: bytes
+    version: int = 0
+    values: bytes = b""
+
+
+class Peer:
+    """A device at work.
+
+    Args:
+        name: of this device.
+        settings: what all devices agree on.
+        reader: of a model with sparse layers; several peers of a simulation share it and take turns.
+        examples: this device's data.
+        key: its own.
+        known: names of all devices by public key.
+        channel: what clusters are planned over; the same numbers on every device.
+        prefix: activations of frozen layers, kept from round to round.
+
+    Attributes:
+        round: the next one, or the one it is in.
+        local: its own slice and optimizer.
+        held: the adapters it has, its own among them.
+        clustering: of this round.
+        losses: of its last local updates.
+        refused: messages that were not let in, by error code, and bundles that could not be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Federation,
+        reader: ImageFeatures,
+        examples: Sequence[Example],
+        key: Ed25519PrivateKey,
+        known: Mapping[bytes, str],
+        channel: Channel,
+        prefix: FrozenPrefix | None = None,
+    ):
+        self.name, self.settings, self.reader, self.examples = name, settings, reader, examples
+        self.key, self.channel, self.prefix = key, channel, prefix
+        self.task = settings.devices[name].task
+        self.others = tuple(n for n in sorted(settings.devices) if n != name)
+        self.layers = {path: layer.out_features for path, layer in sparse_layers(reader.model).items()}
+        graph = reader.encoder.graph
+        self.sizes = {t: [graph.rank_of(t) * width for width in self.layers.values()] for t in graph.names}
+        codecs = {"full": Codec[settings.wire.full.upper()]}
+        delta = Codec[settings.wire.delta.upper()] if settings.wire.delta else None
+        self.outbox = Outbox(key, settings.name, self.task, **codecs, delta=delta)
+        self.inbox = Inbox(settings.name, known, self.sizes)
+        self.round, self.held, self.losses = 0, Held(), list[float]()
+        self.heard: dict[str, Heard] = {}
+        self.table: dict[str, Standing] = {}
+        self.fresh: dict[str, Update] = {}
+        self.damaged: Counter[str] = Counter()
+        self.bits = 0
+        self.local: Local
+        self.clustering: Clustering
+
+    # --- its own slice -------------------------------------------------------------------------------------------
+
+    def calibrate(self) -> None:
+        """Lays out its own slice from the first mini-batches of its data (eq. 18 and 20 to 22)."""
+        s = self.settings
+        batches = first_batches(self.reader, self.examples, self.task, s.train, s.slices.calibration)
+        found = calibrate(self.reader, self.task, batches, spectra=s.slices.allocation == "entropy")
+        total = max(1, round(s.slices.share * found.entries))
+        how = {"allocation": s.slices.allocation, "temperature": s.slices.temperature, "floor": s.slices.floor}
+        self.start(Local.first(first_slice(found, total, **how)))  # type: ignore[arg-type]
+
+    def start(self, local: Local) -> None:
+        """Goes on from a slice."""
+        self.local = local
+        self.bits = 8 * (OVERHEAD + local.own.active)  # until a message has been sent: a byte an entry
+
+    def train(self) -> None:
+        """This round's local updates, with the prerequisites' slices frozen beside its own (eq. 6)."""
+        s = self.settings
+        for p in self.reader.encoder.graph.prerequisites(self.task):
+            if (slice_ := self.adapter(p)) is not None:
+                load_slice(self.reader.model, slice_)
+        done = min(self.round * s.updates, s.total_updates - s.updates)  # one that was away skips what it missed
+        at = replace(self.local, update=max(done, self.local.update))
+        self.local, self.losses = local_run(
+            self.reader, self.examples, at, s.train, updates=s.updates, total=s.total_updates, prefix=self.prefix
+        )
+
+    def adapter(self, task: str) -> Slice | None:
+        """What it would answer `task` with: its own cluster's adapter where clusters have one each."""
+        return self.held.slices.get(("", task)) or self.held.slices.get((self.cluster, task))
+
+    @property
+    def cluster(self) -> str:
+        """The name of its cluster: that of the first member."""
+        return self._group()[0]
+
+    def _group(self) -> tuple[str, ...]:
+        return self.clustering.group_of(self.name) if hasattr(self, "clustering") else (self.name,)
+
+    # --- rows: who is there, and who talks to whom -----------------------------------------------------------------
+
+    def row(self) -> bytes:
+        """Its row of the table, as a signed message."""
+        active = tuple(len(self.local.learns[layer].indices) for layer in self.layers)
+        have = {name: heard.version for name, heard in self.heard.items()}
+        mine = Standing(self.task, active, self.bits, len(self.examples), have)
+        self.table = {self.name: mine}
+        what = {"version": self.round + 1, "round": self.round}
+        return send_row(self.key, self.settings.name, self.task, mine.row(), **what)
+
+    def meet(self, arrived: Bundles) -> None:
+        """Takes the rows of those that are there; goes on to their round if it was away; finds the clusters."""
+        latest = self.round
+        for _, message in self._opened(arrived):
+            task = message.header.task
+            if message.header.kind is not Kind.ROW or self.settings.devices[message.name].task != task:
+                continue
+            try:
+                row = Standing.read(task, message.content, self.sizes[task], message.name)  # type: ignore[arg-type]
+            except PeerError as e:
+                self.damaged[e.code] += 1
+                continue
+            self.table[message.name] = row
+            latest = max(latest, message.header.round)
+        self.round = min(latest, self.settings.rounds - 1)
+        members = (row.member(name, self.sizes[row.task]) for name, row in self.table.items())
+        self.clustering = cluster(members, self.channel, self.settings.limits, self.round)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether clusters exchange what they have in this round."""
+        return (self.round + 1) % self.settings.exchange_every == 0
+
+    def gateways(self) -> dict[tuple[int, int], tuple[str, str]]:
+        """For each ordered pair of clusters, the two devices that need the least power, then time, to talk."""
+        groups, found = self.clustering.groups, dict[tuple[int, int], tuple[str, str]]()
+        for i, j in product(range(len(groups)), repeat=2):
+            if i != j:
+                found[i, j] = min(product(groups[i], groups[j]), key=self._cost)
+        return found
+
+    def _cost(self, pair: tuple[str, str]) -> tuple[float, float, tuple[str, str]]:
+        power, seconds = self.channel.demands(self.round, pair, [self.table[n].bits for n in pair])
+        return float(power[0]), float(seconds[0]), pair
+
+    # --- messages --------------------------------------------------------------------------------------------------
+
+    def sends(self, slot: Slot) -> Sends:
+        """Whom it sends which messages in a slot."""
+        group = self._group()
+        mates = tuple(n for n in group if n != self.name)
+        if slot == "slices":
+            mine = self._update(mates) if mates or self.exchanges else []
+            return [(mates, mine)] if mates else []
+        index = self.clustering.groups.index(group)
+        if slot == "inward":
+            passed = [m for name in sorted(self.passed) for m in self.passed[name]]
+            return [(mates, passed)] if mates and passed else []
+        pairs = self.gateways().items()
+        return [((b,), self._all_of(group, j)) for (i, j), (a, b) in pairs if i == index and a == self.name]
+
+    def expects(self, slot: Slot) -> frozenset[str]:
+        """From whom something may come in a slot."""
+        group = self._group()
+        if slot == "slices":
+            return frozenset(group) - {self.name}
+        index, pairs = self.clustering.groups.index(group), self.gateways().items()
+        if slot == "across":
+            return frozenset(a for (_, j), (a, b) in pairs if j == index and b == self.name)
+        return frozenset(b for (_, j), (_, b) in pairs if j == index) - {self.name}
+
+    def _update(self, mates: Sequence[str]) -> list[bytes]:
+        """Its own news: values, whole where someone lacks what a difference would be to; first the mask, if need be."""
+        have = [self.table[n].have.get(self.name) for n in mates]
+        last = self.heard.get(self.name)
+        version, messages = self.round + 1, list[bytes]()
+        own = self.local.own
+        if last is None or None in have:
+            mask = np.concatenate([_bits(own.masks[layer]) for layer in self.layers])
+            announced = self.outbox.announce(mask, self.sizes[self.task], version=version, round=self.round)
+            last = Heard(self.task, own.masks, announced)
+            messages.append(announced)
+        elif self.exchanges or any(v != last.version for v in have):
+            self.outbox.forget()
+        else:
+            self.outbox.acknowledged(last.version)
+        values = np.concatenate([own.values[layer] for layer in self.layers])
+        message = self.outbox.send(values, version=version, round=self.round)
+        self.heard[self.name] = replace(last, version=version, values=message)
+        self.bits = 8 * len(message)
+        return [*messages, message]
+
+    def _all_of(self, group: Sequence[str], to: int) -> list[bytes]:
+        """All that it has of its cluster, masks only where the other cluster lacks them."""
+        there, messages = self.clustering.groups[to], list[bytes]()
+        for name in group:
+            heard = self.heard.get(name)
+            if heard is None or not heard.values or (name != self.name and name not in self.fresh):
+                continue
+            if any(name not in self.table[n].have for n in there):
+                messages.append(heard.announced)
+            messages.append(heard.values)
+        return messages
+
+    def take(self, arrived: Bundles) -> None:
+        """Lets in what has come of others' slices."""
+        self.passed: dict[str, list[bytes]] = {}
+        for raw, message in self._opened(arrived):
+            kind, name, task = message.header.kind, message.name, message.header.task
+            if self.settings.devices[name].task != task or kind is Kind.ROW:
+                continue
+            self.passed.setdefault(name, []).append(raw)
+            if kind is Kind.MASK:
+                self.heard[name] = Heard(task, self._masks(message), raw)
+            else:
+                heard = self.heard[name] = replace(self.heard[name], version=message.header.version, values=raw)
+                self.fresh[name] = self._as_update(name, heard, message)
+
+    def _opened(self, arrived: Bundles) -> Iterator[tuple[bytes, Message]]:
+        """The messages that are let in, of all bundles; what is refused is counted."""
+        for via in sorted(arrived):
+            try:
+                messages = unbundle(arrived[via])
+            except PeerError as e:
+                self.damaged[e.code] += 1
+                continue
+            for raw in messages:
+                try:
+                    yield raw, self.inbox.open(raw)
+                except PeerError as e:
+                    if e.code in ("E629", "E630", "E632"):  # what it has of the sender is no use: its row asks for all
+                        sender = read_header(raw, self.inbox.limits).sender
+                        self.heard.pop(self.inbox.peers[sender], None)
+
+    def _masks(self, message: Message) -> dict[Layer, Mask]:
+        rank = self.reader.encoder.graph.rank_of(message.header.task)
+        parts = np.split(np.asarray(message.content), np.cumsum(self.sizes[message.header.task])[:-1])
+        shapes = [(rank, width) for width in self.layers.values()]
+        made = [Mask(shape, np.flatnonzero(bits)) for shape, bits in zip(shapes, parts, strict=True)]
+        return dict(zip(self.layers, made, strict=True))
+
+    def _as_update(self, name: str, heard: Heard, message: Message) -> Update:
+        ends = np.cumsum([len(m.indices) for m in heard.masks.values()])[:-1]
+        values = dict(zip(self.layers, np.split(np.asarray(message.content, np.float32), ends), strict=True))
+        samples = self.table[name].samples if name in self.table else 1
+        return Update(name, Slice(heard.task, heard.masks, values), samples, message.header.version, self._of(name))
+
+    def _of(self, name: str) -> str:
+        return next((g[0] for g in self.clustering.groups if name in g), name)
+
+    # --- the end of a round ----------------------------------------------------------------------------------------
+
+    def aggregate(self) -> None:
+        """Puts together what it holds, its own slice included; the next round begins."""
+        own = Update(self.name, self.local.own, len(self.examples), self.round + 1, self.cluster)
+        self.held = strategy(self.settings.aggregate)(own, list(self.fresh.values()), self.held)
+        block = self.adapter(self.task)
+        assert block is not None
+        self.local = replace(self.local, block=_with_room(block, self.local.learns))
+        self.fresh = {}
+        self.round += 1
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Messages and bundles that were not let in, by error code."""
+        return self.inbox.refused + self.damaged
+
+
+def _bits(mask: Mask) -> Any:
+    bits = np.zeros(mask.size, bool)
+    bits[mask.indices] = True
+    return bits
+
+
+def _with_room(block: Slice, learns: Mapping[Layer, Mask]) -> Slice:
+    """The block with at least the entries that learn, zero where nothing is known of them."""
+    masks, values = dict[Layer, Mask](), dict[Layer, Any]()
+    for layer, mine in learns.items():
+        both = np.union1d(block.masks[layer].indices, mine.indices)
+        masks[layer] = Mask(mine.shape, both)
+        values[layer] = block.dense(layer).ravel()[both]
+    return Slice(block.task, masks, values)

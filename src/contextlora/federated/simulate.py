@@ -1,0 +1,174 @@
+"""A whole federation in one process: one resident base model, many devices that take turns on it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contextlora.data.collate import Encoder
+from contextlora.data.records import Example, load_examples
+from contextlora.errors import ConfigError, did_you_mean
+from contextlora.federated.channel import Channel, RadioChannel
+from contextlora.federated.fabric.local import Hub, Traffic
+from contextlora.federated.federation import Federation
+from contextlora.federated.keep import load_peer, save_peer
+from contextlora.federated.layer import export, layers, load_slice
+from contextlora.federated.peer import Peer
+from contextlora.federated.protocol import Rounds, rounds
+from contextlora.federated.trace import MeasuredChannel
+from contextlora.federated.wire import public_key
+from contextlora.graph import TaskGraph
+from contextlora.lora.attach import attach
+from contextlora.models import load_model
+from contextlora.models.inputs import ImageFeatures
+from contextlora.training import checkpoint
+from contextlora.training.prefix import FrozenPrefix
+from contextlora.training.session import feature_folder
+from contextlora.training.track import Tracker
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+def simulate(
+    settings: Federation,
+    *,
+    resume: bool = False,
+    silent: bool = False,
+    reader: ImageFeatures | None = None,
+) -> dict[str, Peer]:
+    """Runs a federation's rounds; keeps every device and the metrics of each round in `settings.out`.
+
+    Args:
+        settings: what all devices agree on, and the faults.
+        resume: go on after the last round that every device has kept.
+        silent: no progress bar.
+        reader: of a model with sparse layers of these tasks, instead of one that is opened here.
+
+    Returns:
+        The devices as they stand at the end, by name.
+
+    Raises:
+        ConfigError: E104 a task that the graph does not have. RunError: E520 kept devices of another federation.
+    """
+    graph = TaskGraph.load(settings.graph_path)
+    for name, device in settings.devices.items():
+        if device.task not in graph.names:
+            text = f"no task '{device.task}'.{did_you_mean(device.task, graph.names)}"
+            raise ConfigError("E104", text, where=f"devices.{name}")
+    reader = reader or open_reader(settings, graph)
+    channel, out = channel_of(settings), Path(settings.out)
+    keys = {name: simulated_key(settings, name) for name in settings.devices}
+    known = {public_key(key): name for name, key in keys.items()}
+    prefix, data = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30)), shares(settings)
+    peers: dict[str, Peer] = {}
+
+    def start(name: str) -> Rounds:
+        """A device that begins, or that comes back with what it has kept."""
+        peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, channel, prefix)
+        if not load_peer(peer, _kept(out, name)):
+            peer.calibrate()
+        return rounds(peer)
+
+    if not resume:
+        for name in settings.devices:
+            checkpoint.clear(_kept(out, name))
+    with Tracker(out, quiet=silent) as watch:
+        watch.stage("rounds", settings.rounds)
+
+        def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
+            for name in sorted(there):
+                save_peer(peers[name], _kept(out, name))
+            numbers = standing(peers, there, traffic)
+            watch.log(round_, numbers)
+            watch.advance(round_ + 1, f"loss {numbers['loss']:.3f}, {len(numbers['clusters'])} clusters")
+
+        first = _first_round(settings, resume)
+        Hub(settings, channel).run(start, first, after)
+    for name in settings.devices.keys() - peers.keys():  # with nothing left to do
+        start(name)
+    for name, peer in sorted(peers.items()):
+        load_slice(reader.model, peer.local.block)
+        export(reader.model, peer.task, out / "adapters" / name, settings.model)
+    return peers
+
+
+def open_reader(settings: Federation, graph: TaskGraph) -> ImageFeatures:
+    """The base model with sparse layers: the same on every device."""
+    model, processor = load_model(settings.model, dtype=settings.dtype)
+    where = {"layers": settings.train.layers, "targets": settings.train.targets}
+    attach(model, graph, make=layers(settings.seed), **where)  # type: ignore[arg-type]
+    encoder = Encoder(processor, graph)
+    return ImageFeatures(model, encoder, feature_folder(model) if encoder.sees_images else None)
+
+
+def channel_of(settings: Federation) -> Channel:
+    """The model of the air, or a trace in its place; the same numbers on every device."""
+    names = sorted(settings.devices)
+    if settings.trace:
+        return MeasuredChannel.load(settings.trace, names, settings.limits, settings.radio.cast)
+    return RadioChannel(names, settings.radio, settings.limits, (settings.name, settings.seed))
+
+
+def shares(settings: Federation) -> dict[str, list[Example]]:
+    """Each device's training data: its own folder's, or an equal share of what the common one has of its task."""
+    graph = TaskGraph.load(settings.graph_path)
+    common: list[Example] | None = None
+    found: dict[str, list[Example]] = {}
+    for name, device in settings.devices.items():
+        if device.data is not None:
+            mine = load_examples(device.data, graph, split="train")
+            found[name] = [e for e in mine if device.task in e.answers]
+            continue
+        common = load_examples(settings.data, graph, split="train") if common is None else common
+        among = [n for n, d in settings.devices.items() if d.task == device.task and d.data is None]
+        found[name] = [e for e in common if device.task in e.answers][among.index(name) :: len(among)]
+    return found
+
+
+def standing(peers: Mapping[str, Peer], there: frozenset[str], traffic: Traffic) -> dict[str, Any]:
+    """A round in numbers."""
+    alive = [peers[n] for n in sorted(there)]
+    numbers = asdict(traffic) | {"bytes": dict(traffic.bytes)}
+    losses = [sum(p.losses) / len(p.losses) for p in alive if p.losses]
+    one = alive[0].clustering
+    return numbers | {
+        "loss": sum(losses) / max(1, len(losses)),
+        "clusters": [list(g) for g in one.groups],
+        "collision": max(one.collisions),
+        "refused": dict(sum((p.refused for p in alive), start=alive[0].refused.__class__())),
+        "there": len(alive),
+    }
+
+
+def simulated_key(settings: Federation, name: str) -> Ed25519PrivateKey:
+    """A simulated device's signing key, which anyone can make again: real devices make their own (`enroll`)."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.from_private_bytes(
+        hashlib.sha256(f"simulated|{settings.name}|{settings.seed}|{name}".encode()).digest()
+    )
+
+
+def _kept(out: Path, name: str) -> Path:
+    return out / "devices" / name
+
+
+def _first_round(settings: Federation, resume: bool) -> int:
+    """The round after the last one that every device has kept; what some have kept beyond it is dropped."""
+    if not resume:
+        return 0
+    kept = {
+        n: {int(p.name.split("-")[0]): p for p in _kept(Path(settings.out), n).glob("[0-9]*-*")}
+        for n in settings.devices
+    }
+    common = set.intersection(*(set(found) for found in kept.values()))
+    for found in kept.values():
+        for round_, folder in found.items():
+            if round_ > max(common, default=-1):
+                shutil.rmtree(folder)
+    return max(common, default=0)

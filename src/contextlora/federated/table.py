@@ -1,0 +1,59 @@
+"""A row of the table that all devices of a federation share: what a device trains, and what it has of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from contextlora.errors import PeerError
+from contextlora.federated.cluster import Member
+from contextlora.federated.mailbox import Row
+
+_DIGITS = 8  # a count as hexadecimal: a row has few fields and little room
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a device stands at the start of a round.
+
+    Attributes:
+        task: that it trains.
+        active: entries of its slice in each layer.
+        bits: length of its next message, as far as it knows.
+        samples: that it trains on.
+        have: by device, the version of its values that this one holds; 0 is the mask alone.
+    """
+
+    task: str
+    active: tuple[int, ...]
+    bits: int
+    samples: int
+    have: Mapping[str, int]
+
+    def row(self) -> Row:
+        """As it travels."""
+        return {
+            "active": "".join(f"{n:0{_DIGITS}x}" for n in self.active),
+            "bits": self.bits,
+            "samples": self.samples,
+            "have": " ".join(f"{name}={version}" for name, version in sorted(self.have.items())),
+        }
+
+    @classmethod
+    def read(cls, task: str, row: Row, sizes: Sequence[int], where: str) -> Standing:
+        """Takes a row of `where`. Raises PeerError E603 for one that no device with these layers writes."""
+        try:
+            text, pairs = str(row["active"]), [part.split("=") for part in str(row["have"]).split()]
+            active = tuple(int(text[i : i + _DIGITS], 16) for i in range(0, len(text), _DIGITS))
+            bits, samples, have = row["bits"], row["samples"], {name: int(version) for name, version in pairs}
+            whole = isinstance(bits, int) and isinstance(samples, int)
+            fits = whole and len(active) == len(sizes) and all(0 <= n <= s for n, s in zip(active, sizes, strict=True))
+            if fits and isinstance(bits, int) and isinstance(samples, int) and bits > 0 and samples > 0:
+                return cls(task, active, bits, samples, have)
+        except (KeyError, ValueError):
+            pass
+        raise PeerError("E603", "not a row of this federation's table; is it of other layers?", where=where)
+
+    def member(self, name: str, sizes: Sequence[int]) -> Member:
+        """As clustering takes it."""
+        return Member(name, tuple(n / size for n, size in zip(self.active, sizes, strict=True)), self.bits)
