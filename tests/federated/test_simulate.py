@@ -142,7 +142,7 @@ def test_faults_cost_only_what_they_hit(words, tmp_path, what):
     faults = [{"what": what, "who": ["b"], "rounds": [1, 2]}]
     peers = run(words, tmp_path / "run", rounds=5, faults=faults)
     found = rounds(tmp_path / "run")
-    assert [r["there"] for r in found] == [4, 3, 3, 4, 4] if what == "kill" else [4] * 5
+    assert [len(r["losses"]) for r in found] == [4, 3, 3, 4, 4] if what == "kill" else [4] * 5
     if what != "late":
         whole = [["a", "b", "c", "d"]]
         assert [r["clusters"] == whole for r in found] == [True, False, False, True, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -83,9 +84,9 @@ def simulate(
         def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
             for name in sorted(there):
                 save_peer(peers[name], _kept(out, name))
-            numbers = standing(peers, there, traffic)
+            numbers = standing(peers, there, traffic, channel)
             watch.log(round_, numbers)
-            watch.advance(round_ + 1, f"loss {numbers['loss']:.3f}, {len(numbers['clusters'])} clusters")
+            watch.advance(round_ + 1, _note(numbers))
 
         first = _first_round(settings, resume)
         Hub(settings, channel).run(start, first, after)
@@ -130,19 +131,28 @@ def shares(settings: Federation) -> dict[str, list[Example]]:
     return found
 
 
-def standing(peers: Mapping[str, Peer], there: frozenset[str], traffic: Traffic) -> dict[str, Any]:
-    """A round in numbers."""
+def standing(peers: Mapping[str, Peer], there: frozenset[str], traffic: Traffic, channel: Channel) -> dict[str, Any]:
+    """A round in numbers, a line of metrics.jsonl. Clusters are those that its first device has found."""
     alive = [peers[n] for n in sorted(there)]
-    numbers = asdict(traffic) | {"bytes": dict(traffic.bytes)}
-    losses = [sum(p.losses) / len(p.losses) for p in alive if p.losses]
-    one = alive[0].clustering
+    losses = {p.name: sum(p.losses) / len(p.losses) for p in alive if p.losses}
+    one, numbers = alive[0].clustering, asdict(traffic) | {"bytes": dict(traffic.bytes)}
+    if isinstance(channel, RadioChannel):
+        at = channel.positions(alive[0].round - 1)
+        numbers["positions"] = {n: [round(float(x), 2) for x in at[i]] for i, n in enumerate(channel.devices)}
     return numbers | {
-        "loss": sum(losses) / max(1, len(losses)),
+        "loss": sum(losses.values()) / max(1, len(losses)),
+        "losses": losses,
         "clusters": [list(g) for g in one.groups],
-        "collision": max(one.collisions),
-        "refused": dict(sum((p.refused for p in alive), start=alive[0].refused.__class__())),
-        "there": len(alive),
+        "collisions": list(one.collisions),
+        "refused": dict(sum((p.refused for p in alive), start=Counter[str]())),
     }
+
+
+def _note(numbers: Mapping[str, Any]) -> str:
+    sent = sum(numbers["bytes"].values()) / 1e6
+    there = f"{len(numbers['losses'])} devices in {len(numbers['clusters'])} clusters"
+    heard = f"{numbers['reached']}/{numbers['asked']} heard"
+    return f"loss {numbers['loss']:.3f}, {there}, {sent:.2f} MB, {numbers['energy']:.2g} J, {heard}"
 
 
 def simulated_key(settings: Federation, name: str) -> Ed25519PrivateKey:
