@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contextlora.errors import PeerError
@@ -49,6 +49,7 @@ def shares(draw):
 
 
 @given(shares())
+@settings(deadline=None)
 def test_water_filling_equals_brute_force(share):
     total, weights, caps, floor = share
     got = water_fill(total, np.array(weights, float), np.array(caps), floor)
@@ -75,6 +76,7 @@ def test_water_filling_survives_a_temperature_near_zero():
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
+@settings(deadline=None)
 def test_masks_have_the_exact_count_and_ties_go_by_index(rows, columns, data):
     scores = np.array(data.draw(st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns)), "f4")
     count = data.draw(st.integers(0, scores.size))
@@ -89,6 +91,7 @@ def calibration(seed, shapes=((2, 30), (3, 7), (2, 11)), **more):
 
 
 @given(st.integers(0, 200), st.integers(3, 103), st.sampled_from(["entropy", "uniform", "global"]))
+@settings(deadline=None)
 def test_every_allocation_has_exactly_its_total(seed, total, allocation):
     found = calibration(seed)
     slice_ = first_slice(found, total, allocation=allocation)
@@ -103,6 +106,7 @@ def test_every_allocation_has_exactly_its_total(seed, total, allocation):
 
 
 @given(st.integers(0, 200), st.integers(1, 103))
+@settings(deadline=None)
 def test_global_takes_the_highest_scores_of_all_layers(seed, total):
     found = calibration(seed)
     every = [(-v, i, k) for i, s in enumerate(found.scores.values()) for k, v in enumerate(s.ravel().tolist())]

@@ -68,7 +68,7 @@ class _Spectrum:
             text = "entropies need plain weights; use the allocation 'uniform' or 'global'"
             raise PeerError("E623", text, where=layer.name)
         exact = at_least_float32(weight.detach())
-        self.factor = torch.linalg.qr(exact).R if layer.out_features > layer.in_features else exact
+        self.factor = torch.linalg.qr(exact, mode="r").R if layer.out_features > layer.in_features else exact
         self.gram = exact.new_zeros(len(self.factor), len(self.factor), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:

@@ -118,7 +118,7 @@ def water_fill(total: int, weights: NDArray[np.float64], caps: NDArray[np.int64]
     taken = np.clip(levels[:, None] * weights, low, caps).sum(1)
     level = np.interp(total, taken, levels)
     exact = np.clip(level * weights, low, caps)
-    whole = np.floor(exact).astype(np.int64)
+    whole: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     rest = total - int(whole.sum())
     whole[np.argsort(whole - exact, kind="stable")[:rest]] += 1
     return whole
@@ -134,8 +134,7 @@ def _global(found: Calibration, total: int) -> NDArray[np.int64]:
     """Entries of each layer among the `total` highest scores of all layers; earlier layers first where equal."""
     chosen = _highest(np.concatenate([s.ravel() for s in found.scores.values()]), total)
     ends = np.cumsum([s.size for s in found.scores.values()])
-    counts: NDArray[np.int64] = np.diff(np.searchsorted(chosen, ends), prepend=0)
-    return counts
+    return np.diff(np.searchsorted(chosen, ends), prepend=0)
 
 
 def _highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
