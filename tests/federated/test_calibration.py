@@ -140,13 +140,13 @@ def test_afterwards_nothing_learns_and_only_this_tasks_block_was_touched(folder)
 
 def test_calibrations_that_cannot_be_are_refused(folder):
     reader, examples = world(folder)
-    with pytest.raises(PeerError, match="E623 light: no mini-batch"):
+    with pytest.raises(PeerError, match="E607 light: no mini-batch"):
         calibrate(reader, "light", [])
     layer = sparse_layers(reader.model)["model.layers.1.mlp.up_proj"]
     weight = layer.base.weight.data
     layer.base.weight.data = torch.full_like(weight, float("nan"))
-    with pytest.raises(PeerError, match=r"E623 model.*: the gradients of 'light' are not finite"):
+    with pytest.raises(PeerError, match=r"E607 model.*: the gradients of 'light' are not finite"):
         calibrate(reader, "light", first_batches(reader, examples, "light", CONFIG, 1), spectra=False)
     layer.base.weight = torch.nn.Parameter(weight.to(torch.uint8), requires_grad=False)
-    with pytest.raises(PeerError, match=r"E623 model.layers.1.mlp.up_proj: entropies need plain weights"):
+    with pytest.raises(PeerError, match=r"E607 model.layers.1.mlp.up_proj: entropies need plain weights"):
         calibrate(reader, "light", first_batches(reader, examples, "light", CONFIG, 1))

@@ -166,8 +166,8 @@ def test_a_child_learns_beside_its_prerequisites_slices_which_stay(folder):
 def test_runs_that_cannot_be_are_refused(folder):
     reader, examples = world(folder)
     start = begun(reader, examples, "weather")
-    with pytest.raises(PeerError, match="E624 weather: 13 updates after 0, but 12 in all"):
+    with pytest.raises(PeerError, match="E608 weather: 13 updates after 0, but 12 in all"):
         run(reader, examples, start, TOTAL + 1)
     empty = {p: Mask(m.shape, m.indices[:0]) for p, m in start.learns.items()}
-    with pytest.raises(PeerError, match="E624 weather: has no active entry"):
+    with pytest.raises(PeerError, match="E608 weather: has no active entry"):
         run(reader, examples, Local(start.block, empty), 1)

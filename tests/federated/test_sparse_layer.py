@@ -287,18 +287,18 @@ def test_slices_that_do_not_fit_are_refused():
     good = slice_of(model, "a", 0)
     path = "model.layers.0.mlp.up_proj"
     short = Slice("a", *({p: v for p, v in part.items() if p != path} for part in (good.masks, good.values)))
-    with pytest.raises(PeerError, match=rf"E621 {path}: 'a' has a mask of shape None here, wanted \(4, 48\)"):
+    with pytest.raises(PeerError, match=rf"E605 {path}: 'a' has a mask of shape None here, wanted \(4, 48\)"):
         load_slice(model, short)
     wrong = {**good.masks, path: Mask((3, 64), good.masks[path].indices)}
-    with pytest.raises(PeerError, match=r"E621 .*\(3, 64\) here, wanted \(4, 48\)"):
+    with pytest.raises(PeerError, match=r"E605 .*\(3, 64\) here, wanted \(4, 48\)"):
         load_slice(model, Slice("a", wrong, good.values))
-    with pytest.raises(PeerError, match="E621"):
+    with pytest.raises(PeerError, match="E605"):
         load_slice(model, good, learns=wrong)
-    with pytest.raises(PeerError, match="E621 the model has no sparse layers"):
+    with pytest.raises(PeerError, match="E605 the model has no sparse layers"):
         to_slice(tiny.llama()[0], "a")
     load_slice(model, good)
     trainable_groups(model, ["a"])
-    with pytest.raises(PeerError, match="E622 a: learns now"):
+    with pytest.raises(PeerError, match="E606 a: learns now"):
         load_slice(model, good)
 
 

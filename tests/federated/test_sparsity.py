@@ -63,7 +63,7 @@ def test_water_filling_equals_brute_force(share):
 
 @pytest.mark.parametrize("total", [0, 9, 61])
 def test_totals_beyond_the_bounds_are_refused(total):
-    with pytest.raises(PeerError, match=r"E620 .* take between 10 and 60"):
+    with pytest.raises(PeerError, match=r"E604 .* take between 10 and 60"):
         water_fill(total, np.ones(2), np.array([20, 40]), 5)
 
 
@@ -147,7 +147,7 @@ def test_budgets_that_cannot_be_are_refused(total, more, text):
 
 def test_entropy_needs_spectra():
     found = Calibration("t", {"l": np.zeros((1, 4), np.float32)}, {}, 9)
-    with pytest.raises(PeerError, match="E620 t: 'entropy' needs"):
+    with pytest.raises(PeerError, match="E604 t: 'entropy' needs"):
         first_slice(found, 2)
     assert first_slice(found, 2, allocation="uniform").active == 2
 

@@ -34,7 +34,7 @@ def calibrate(reader: ImageFeatures, task: str, batches: Iterable[Batch], *, spe
         spectra: measure the entropies too, which only "entropy" needs.
 
     Raises:
-        PeerError: E621 for a model without sparse layers, E622 while the task learns, E623 for no mini-batch, for a
+        PeerError: E605 for a model without sparse layers, E606 while the task learns, E607 for no mini-batch, for a
             gradient that is not finite, for spectra of weights that are quantised.
     """
     model, layers = reader.model, sparse_layers(reader.model)
@@ -49,7 +49,7 @@ def calibrate(reader: ImageFeatures, task: str, batches: Iterable[Batch], *, spe
             loss.backward()  # type: ignore[no-untyped-call]
             tokens += int(real.sum())
         if not tokens:
-            raise PeerError("E623", "no mini-batch to calibrate with", where=task)
+            raise PeerError("E607", "no mini-batch to calibrate with", where=task)
         scores = {path: _score(layer, task) for path, layer in layers.items()}
     return Calibration(task, scores, {path: s.entropy(tokens) for path, s in measured.items()}, tokens)
 
@@ -66,7 +66,7 @@ class _Spectrum:
         weight = getattr(layer.base, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             text = "entropies need plain weights; use the allocation 'uniform' or 'global'"
-            raise PeerError("E623", text, where=layer.name)
+            raise PeerError("E607", text, where=layer.name)
         exact = at_least_float32(weight.detach())
         self.factor = torch.linalg.qr(exact, mode="r").R if layer.out_features > layer.in_features else exact
         self.gram = exact.new_zeros(len(self.factor), len(self.factor), dtype=torch.float64)
@@ -115,9 +115,9 @@ def _whole_block_learns(model: nn.Module, layers: Mapping[Layer, SparseLinear], 
 
 
 def _score(layer: SparseLinear, task: str) -> NDArray[np.float32]:
-    """|sum of the gradients of B| (r, d_out). Raises PeerError E623 if it is not finite."""
+    """|sum of the gradients of B| (r, d_out). Raises PeerError E607 if it is not finite."""
     gradient = layer.owned(task)[0].grad
     assert gradient is not None
     if not bool(gradient.isfinite().all()):
-        raise PeerError("E623", f"the gradients of '{task}' are not finite; is the base model sound?", where=layer.name)
+        raise PeerError("E607", f"the gradients of '{task}' are not finite; is the base model sound?", where=layer.name)
     return gradient.abs().float().view(-1, layer.out_features).cpu().numpy()

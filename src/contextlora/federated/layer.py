@@ -127,10 +127,10 @@ def layers(seed: int, dtype: torch.dtype = torch.float32) -> Make:
 
 
 def sparse_layers(model: nn.Module) -> dict[Layer, SparseLinear]:
-    """The sparse layers of a model by path. Raises PeerError E621 if it has none."""
+    """The sparse layers of a model by path. Raises PeerError E605 if it has none."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     if not found:
-        raise PeerError("E621", "the model has no sparse layers; attach(model, graph, make=layers(seed)) first")
+        raise PeerError("E605", "the model has no sparse layers; attach(model, graph, make=layers(seed)) first")
     return found
 
 
@@ -143,7 +143,7 @@ def to_slice(model: nn.Module, task: str, masks: Mapping[Layer, Mask] | None = N
         masks: which entries, by layer; None takes those that learn here, which is what a device sends.
 
     Raises:
-        PeerError: E621 for a model without sparse layers. ConfigError: E104 for an unknown task.
+        PeerError: E605 for a model without sparse layers. ConfigError: E104 for an unknown task.
     """
     found = sparse_layers(model)
     masks = {path: layer.active(task) for path, layer in found.items()} if masks is None else dict(masks)
@@ -159,7 +159,7 @@ def load_slice(model: nn.Module, slice_: Slice, learns: Mapping[Layer, Mask] | N
         learns: which entries learn once the task is opened; None is all of the slice's.
 
     Raises:
-        PeerError: E621 for other layers or shapes than the model's, E622 while the task learns.
+        PeerError: E605 for other layers or shapes than the model's, E606 while the task learns.
         ConfigError: E104 for an unknown task.
     """
     found = sparse_layers(model)
@@ -168,7 +168,7 @@ def load_slice(model: nn.Module, slice_: Slice, learns: Mapping[Layer, Mask] | N
         _check_layers(found, slice_.task, masks)
     for path, layer in found.items():
         if layer.owned(slice_.task):
-            raise PeerError("E622", "learns now; load its slice between two runs", where=slice_.task)
+            raise PeerError("E606", "learns now; load its slice between two runs", where=slice_.task)
         layer.load(slice_.task, slice_.dense(path), learns[path])
 
 
@@ -177,7 +177,7 @@ def _check_layers(found: Mapping[Layer, SparseLinear], task: str, masks: Mapping
         wanted = (found[path].graph.rank_of(task), found[path].out_features) if path in found else None
         got = masks[path].shape if path in masks else None
         if got != wanted:
-            raise PeerError("E621", f"'{task}' has a mask of shape {got} here, wanted {wanted}", where=path)
+            raise PeerError("E605", f"'{task}' has a mask of shape {got} here, wanted {wanted}", where=path)
 
 
 def export(model: nn.Module, task: str, out: str | Path, base: str = "") -> Path:
@@ -190,7 +190,7 @@ def export(model: nn.Module, task: str, out: str | Path, base: str = "") -> Path
         base: name or path of the base model, for PEFT.
 
     Raises:
-        PeerError: E621 for a model without sparse layers. AdapterError: E319 if `out` cannot be written.
+        PeerError: E605 for a model without sparse layers. AdapterError: E319 if `out` cannot be written.
     """
     graph, found = graph_of(model), sparse_layers(model)
     blocks = {t: {path: layer.block(t) for path, layer in found.items()} for t in graph.active(task)}

@@ -103,13 +103,13 @@ def local_run(
         prefix: activations of layers below the lowest block, kept from round to round; None computes them each time.
 
     Raises:
-        PeerError: E624 for updates beyond `total`, or nothing to learn. RunError: E510, E511, E515 as in training.
+        PeerError: E608 for updates beyond `total`, or nothing to learn. RunError: E510, E511, E515 as in training.
     """
     model, task = reader.model, at.block.task
     if not any(len(m.indices) for m in at.learns.values()):
-        raise PeerError("E624", "has no active entry; calibrate it first", where=task)
+        raise PeerError("E608", "has no active entry; calibrate it first", where=task)
     if at.update + updates > total:
-        raise PeerError("E624", f"{updates} updates after {at.update}, but {total} in all", where=task)
+        raise PeerError("E608", f"{updates} updates after {at.update}, but {total} in all", where=task)
     phase = Phase(((task,),), along_graph(graph_of(model), 1.0))
     load_slice(model, at.block, at.learns)
     losses: list[float] = []

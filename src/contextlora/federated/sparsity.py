@@ -61,20 +61,20 @@ def first_slice(
         floor: n_min, the fewest entries of a layer, of "entropy" and "uniform".
 
     Raises:
-        PeerError: E620 for a total that no layers can take, "entropy" without entropies.
+        PeerError: E604 for a total that no layers can take, "entropy" without entropies.
     """
     sizes = np.array([s.size for s in found.scores.values()])
     if not 1 <= total <= sizes.sum():
-        raise PeerError("E620", f"{total} entries to learn of {sizes.sum()}", where=found.task)
+        raise PeerError("E604", f"{total} entries to learn of {sizes.sum()}", where=found.task)
     if not temperature > 0:
-        raise PeerError("E620", f"temperature {temperature}; use one above zero", where=found.task)
+        raise PeerError("E604", f"temperature {temperature}; use one above zero", where=found.task)
     if allocation == "global":
         counts = _global(found, total)
     elif allocation == "uniform":
         counts = water_fill(total, sizes.astype(np.float64), sizes, floor)
     else:
         if found.entropies.keys() != found.scores.keys():
-            raise PeerError("E620", "'entropy' needs a calibration with spectra", where=found.task)
+            raise PeerError("E604", "'entropy' needs a calibration with spectra", where=found.task)
         weights = softmax(np.array([found.entropies[layer] for layer in found.scores]) / temperature)
         counts = water_fill(total, weights, sizes, floor)
     masks = {layer: top(s, int(n)) for (layer, s), n in zip(found.scores.items(), counts, strict=True)}
@@ -108,12 +108,12 @@ def water_fill(total: int, weights: NDArray[np.float64], caps: NDArray[np.int64]
         floor: the fewest that each gets, or its cap if that is less.
 
     Raises:
-        PeerError: E620 if the bounds add up to less than `total` at the top, or to more at the bottom.
+        PeerError: E604 if the bounds add up to less than `total` at the top, or to more at the bottom.
     """
     low = np.minimum(floor, caps)
     if not low.sum() <= total <= caps.sum():
         text = f"{total} entries to learn, but {len(caps)} layers take between {low.sum()} and {caps.sum()}"
-        raise PeerError("E620", f"{text}; change the share or the floor")
+        raise PeerError("E604", f"{text}; change the share or the floor")
     levels = np.unique(np.concatenate([[0.0], low / weights, caps / weights]))  # between two of them all is linear
     taken = np.clip(levels[:, None] * weights, low, caps).sum(1)
     level = np.interp(total, taken, levels)
