@@ -290,6 +290,15 @@ def fits(problem: Problem, predicted: Predicted) -> bool:
     return all(use.memory <= problem.fleet.devices[d].memory for d, use in predicted.devices.items())
 
 
+def together(problem: Problem, groups: Sequence[Predicted]) -> float:
+    """Seconds of groups side by side: the longest one's, or on a shared medium the air of all, if that is longer.
+
+    What a transfer waits for other groups' transfers is left out as long as the medium has time for all of them.
+    """
+    longest = max(g.seconds for g in groups)
+    return max(longest, sum(g.air for g in groups)) if problem.fleet.shared else longest
+
+
 def exchange(problem: Problem, tasks: Iterable[str]) -> float:
     """Seconds to give the slices trained in a stage to every other device, so that any of them may go on from there."""
     names = list(problem.fleet.devices)

@@ -15,7 +15,7 @@ import numpy as np
 
 from contextlora.errors import PlanError
 from contextlora.gear import explore
-from contextlora.gear.cost import Problem, exchange, predict
+from contextlora.gear.cost import Problem, exchange, predict, together
 from contextlora.gear.divide import Counts, fewest, least_air, minus, parts
 from contextlora.gear.options import Cell, Options, Prefixes
 from contextlora.gear.plan import Group, Plan, PlannedGroup, PlannedStage
@@ -73,9 +73,7 @@ class _Search:
     def stage(self, tasks: Sequence[TaskLoad]) -> PlannedStage:
         """Plans one stage."""
         groups = [PlannedGroup(group=g, predicted=predict(self.problem, g)) for g in _Stage(self, tasks).groups()]
-        longest = max(g.predicted.seconds for g in groups)
-        if self.problem.fleet.shared:
-            longest = max(longest, sum(g.predicted.air for g in groups))
+        longest = together(self.problem, [g.predicted for g in groups])
         given = exchange(self.problem, [t.name for t in tasks])
         return PlannedStage(groups=tuple(groups), exchange=given, seconds=longest + given)
 
