@@ -27,6 +27,7 @@ from contextlora.gear.work import TaskLoad, Work
 
 LEARNING = 16  # bytes a trained parameter takes: float32 value, gradient and AdamW's two moments
 HELD = 4  # bytes of one that is only read
+TINY = 1e-30  # seconds, where something takes none, so that shares by speed exist
 QUEUE = 2  # micro-batches that wait between a prefix and its trainers
 
 
@@ -219,26 +220,35 @@ def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, floa
 
 def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
     """Seconds of the prefix's devices for `fresh` micro-batches dealt by speed, and of the first until it arrives."""
-    k, to = g.size, g.trainers[0].device
+    k = g.size
     each = [p.forward(part.device, 0, g.cut, k) for part in g.prefix]
-    hops = [p.fleet.airtime(part.device, to, p.cut(k)) for part in g.prefix]
+    hops = [sum(w * p.fleet.airtime(part.device, to, p.cut(k)) for to, w in receivers(p, g)) for part in g.prefix]
+    late = [sum(w * p.fleet.delay(part.device, to) for to, w in receivers(p, g)) for part in g.prefix]
     paces = [pace(p, g, part) for part in g.prefix]
     dealt = deal(fresh, paces)
     for part, count, seconds in zip(g.prefix, dealt, each, strict=True):
         busy[part.device] += count * seconds
         sent[part.device] += count * p.cut(k)
     slowest = max(c * s for c, s in zip(dealt, paces, strict=True))
-    first = min(s + h + p.fleet.delay(part.device, to) for part, s, h in zip(g.prefix, each, hops, strict=True))
+    first = min(s + h + d for s, h, d in zip(each, hops, late, strict=True))
     return _Share(slowest, sum(c * h for c, h in zip(dealt, hops, strict=True)), first)
 
 
 def pace(p: Problem, g: Group, part: Part) -> float:
     """Seconds from one micro-batch of a prefix's device to its next: it computes one while another is on its way.
 
-    Data-parallel trainers count as if all sat behind the first one's link, which is exact on a shared medium only.
+    Of links to several trainers, that of every one counts by the share of micro-batches that it takes.
     """
-    hop = p.fleet.airtime(part.device, g.trainers[0].device, p.cut(g.size))
-    return max(p.forward(part.device, 0, g.cut, g.size), hop)
+    own = p.forward(part.device, 0, g.cut, g.size)
+    return sum(w * max(own, p.fleet.airtime(part.device, to, p.cut(g.size))) for to, w in receivers(p, g))
+
+
+def receivers(p: Problem, g: Group) -> list[tuple[str, float]]:
+    """Who receives what a prefix sends, each with its share: several data-parallel trainers by their speeds."""
+    if g.form != "data":
+        return [(g.trainers[0].device, 1.0)]
+    speeds = [1 / max(there_and_back(p, t, g), TINY) for t in g.trainers]
+    return [(t.device, s / sum(speeds)) for t, s in zip(g.trainers, speeds, strict=True)]
 
 
 # --- a group's stage -------------------------------------------------------------------------------------------------

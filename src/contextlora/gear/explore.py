@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from contextlora.gear.cost import TINY
 from contextlora.gear.options import STREAMED, Cell, Options, Prefixes, Rows
 from contextlora.gear.pipelines import PLAIN, Probe
 from contextlora.gear.tables import Array, Case, deal_all
@@ -58,13 +59,14 @@ def streamed_without_pipeline(o: Options, limit: float, useful: Array) -> None:
             rows = Rows(slot, 1 << d, d, at, 0.0 * step, step, step)
             stream(o, case, o.prefixes[k], rows, cached, limit, useful)
         for cut in range(1, o.lowest + 1):
+            speeds = 1 / np.maximum(case.pace.both[:, -1] - case.pace.both[:, cut], TINY)
             for masks, step in _data(o, case, cut):
-                size, each = int(masks[0]).bit_count(), np.arange(len(masks))
-                which, to = (each, 0 * each) if o.shared else np.nonzero(o.sets.member[masks])  # who receives
-                slot = 0 * which + o.base[k, "data streamed", size]
-                air = 0.0 * step[:, which] + o.ring[masks[which], 1]
-                rows = Rows(slot, masks[which], to, 0 * which + cut - 1, air, step[:, which], step[:, which])
-                stream(o, case, o.prefixes[k], rows, False, limit, useful)
+                to = np.arange(len(masks))  # all trainers of a set receive
+                shares = o.sets.member[masks] * speeds
+                ahead = o.prefixes[k] if o.shared else o.prefixes[k].mean(shares / shares.sum(-1, keepdims=True), cut)
+                slot = 0 * to + o.base[k, "data streamed", int(masks[0]).bit_count()]
+                rows = Rows(slot, masks, to, 0 * to + cut - 1, 0.0 * step + o.ring[masks, 1], step, step)
+                stream(o, case, ahead, rows, False, limit, useful)
 
 
 def stream(
@@ -116,9 +118,10 @@ def _note(
 
 def _behind(case: Case, p: Prefixes, rows: Rows, trainers: Array, prefix: Array, fresh: Array) -> Array:
     """Seconds of a stage whose steps take the trainers, the prefix, or the medium longest."""
-    total = p.first[rows.to, prefix, rows.cut].copy()
+    where = rows.to, prefix, rows.cut
+    total = p.until(None, *where)
     for r, n in enumerate(case.steps):
-        ahead = p.busy(int(fresh[r]))[rows.to, prefix, rows.cut]
+        ahead = p.until(int(fresh[r]), *where)
         total += n * np.maximum(np.maximum(trainers[r], ahead), rows.air[r])
     return total
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from contextlora.gear.cost import HELD, LEARNING, QUEUE, Problem
+from contextlora.gear.cost import HELD, LEARNING, QUEUE, TINY, Problem
 from contextlora.gear.work import TaskLoad
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -191,7 +191,7 @@ def deal_all(count: int, seconds: Array) -> Array:
     """
     if count == 0:
         return np.zeros(seconds.shape[:-1])
-    each = np.maximum(seconds, 1e-30).reshape(-1, seconds.shape[-1])
+    each = np.maximum(seconds, TINY).reshape(-1, seconds.shape[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
         least = count / (1 / each).sum(-1)
         absent = np.isinf(least)
