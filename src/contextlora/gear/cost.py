@@ -1,12 +1,16 @@
 """What a group costs: seconds, bytes on the air, memory. The one model that planners minimise and plans report.
 
-Step time of a pipeline (SEMANTICS section 3):
+Step time of a pipeline of n stages (SEMANTICS section 3, and 1F1B's limit of what is in flight):
 
-    T = fill + (M - 1) max(slowest stage, medium)
+    T = fill + (M - 1) rate + floor((M - 1) / n) max(0, fill - n rate),    rate = max(slowest stage, medium)
 
 fill: the first micro-batch through all stages and back; medium: what one micro-batch moves over a shared medium, or
-over the busiest dedicated link. Frozen prefixes stream ahead across optimizer steps, so they bound a step's time
-without adding to it. ContextLoRA eqs. 9 and 10 are the stage sums here; its eq. 11 is their maximum.
+over the busiest dedicated link. The first stage has n micro-batches in flight, so that another waits until the first of
+them is back: n of them take no less than the fill. Later stages' limits, which bind less often, are left out, and a
+first stage without blocks, whose outputs wait for receives instead, counts as if it had this one.
+
+Frozen prefixes stream ahead across optimizer steps, so they bound a step's time without adding to it. ContextLoRA
+eqs. 9 and 10 are the stage sums here; its eq. 11 is their maximum.
 """
 
 from __future__ import annotations
@@ -196,7 +200,7 @@ def _ring(p: Problem, devices: Sequence[str], size: float) -> tuple[float, float
 
 
 def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
-    """fill + (M - 1) bottleneck; one device is a pipeline of one stage without hops."""
+    """The module's T; one device is a pipeline of one stage without hops."""
     k, skipped = g.size, 0.0
     if g.ahead == "local":  # cached micro-batches begin above the prefix
         skipped = p.forward(g.trainers[0].device, 0, g.cut, k) * (1 - fresh / micro)
@@ -214,8 +218,9 @@ def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, floa
         slowest_hop = max(slowest_hop, hop)  # a dedicated link is full-duplex
         sent[a.device] += micro * size
         sent[b.device] += micro * size * (ways - 1)
-    medium = air if p.fleet.shared else slowest_hop
-    return _Share(fill + (micro - 1) * max(max(stages), medium), micro * air)
+    n, rate = len(stages), max(*stages, air if p.fleet.shared else slowest_hop)
+    waits = (micro - 1) // n * max(0.0, fill - n * rate)
+    return _Share(fill + (micro - 1) * rate + waits, micro * air)
 
 
 def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:

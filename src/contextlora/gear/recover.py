@@ -62,7 +62,7 @@ def _local(o: Options, slot: int, mask: int) -> list[tuple[int, int, int]]:
         stop = int(case.reach(s.stages, case.cached)[d, 0]) + 1
         after = pipelines.after(probe, mask, d, s.x)[1:stop]
         if np.isfinite(after).any():
-            seconds = local_seconds(o, case, d, after, probe.tau, o.medium(s.k, s.stages)[s.x])
+            seconds = local_seconds(o, case, d, after, probe.tau, o.medium(s.k, s.stages)[s.x], s.stages)
             found.append((float(seconds.min()), d, 1 + int(seconds.argmin())))
     _, d, stop = min(found)
     rest = mask ^ 1 << d

@@ -175,11 +175,17 @@ class Case:
             self._reach[key] = self.bytes.reach(self.bytes.needed(self.tasks, self.k, *key))
         return self._reach[key]
 
-    def seconds(self, fill: Array, slowest: Array | float) -> Array:
-        """Sum over steps of fill + (M - 1) slowest."""
-        steps, micro = float(self.steps.sum()), float((self.steps * (self.micro - 1)).sum())
-        total: Array = steps * fill + micro * slowest
-        return total
+    def seconds(self, fill: Array, rate: Array | float, stages: int) -> Array:
+        """Seconds of all steps of pipelines."""
+        return sum(n * step(fill, rate, int(m), stages) for n, m in zip(self.steps, self.micro, strict=True))
+
+
+def step(fill: Array, rate: Array | float, micro: int, stages: int) -> Array:
+    """Seconds of a step of pipelines, the T of `cost`; it grows with fill and with rate."""
+    total: Array = fill + (micro - 1) * rate
+    if micro > stages:
+        total += (micro - 1) // stages * np.maximum(0.0, fill - stages * rate)
+    return total
 
 
 def deal_all(count: int, seconds: Array) -> Array:
