@@ -148,6 +148,22 @@ def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -
         raise PlanError("E409", "context: predicted cannot be launched yet; use gold or none", where="train.context")
 
 
+def refuse_a_second_run(config: RunConfig, plan: Plan, me: str, *, again: bool) -> None:
+    """Raises RunError E521 or E522, on every device, where any of them holds what a training would throw away.
+
+    Args:
+        again: resume, or throw away; should some devices be told so and others not, what the others hold counts.
+    """
+    trained = RunFolder(config.out).has_adapter and not again
+    begun = RunFolder(Path(config.out) / me).interrupted and not again
+    held = [torch.zeros(2, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(held, torch.tensor([trained, begun], dtype=torch.long))
+    for code, what, kept in (("E521", "a trained adapter", 0), ("E522", "an interrupted run", 1)):
+        if who := [f"'{name}'" for name, h in zip(plan.devices, held, strict=False) if h[kept]]:
+            text = f"{', '.join(who)} holds {what}; on all devices, go on with --resume, or throw it away with --force"
+            raise RunError(code, text, where=config.out)
+
+
 def _aligned(config: RunConfig, resume: bool, silent: bool) -> None:
     """The first device aligns the projector, if asked; all others must have what it made. Raises PlanError E409."""
     folder = RunFolder(config.out)
@@ -173,7 +189,13 @@ def _with_others() -> Iterator[None]:
 
 
 def launch(
-    config: RunConfig, plan: Plan, *, device: str | None = None, resume: bool = False, silent: bool = False
+    config: RunConfig,
+    plan: Plan,
+    *,
+    device: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    silent: bool = False,
 ) -> Path:
     """What `torchrun ... -m contextlora launch` does on each device. Returns the adapter's folder.
 
@@ -182,10 +204,12 @@ def launch(
         plan: for this run.
         device: which of the plan's devices this is; None takes the one of this process's rank.
         resume: go on after the last stage that any of the devices has kept.
+        force: throw away what an earlier training has left in `config.out`, and its adapter.
         silent: no progress bar.
 
     Raises:
         PlanError: E410 not started by torchrun, or by another number of devices. Otherwise as `train_planned`.
+        RunError: E521 if an adapter would be overwritten, E522 an interrupted run; on all devices.
     """
     refuse_a_rival(config.train)
     if "RANK" not in os.environ:
@@ -201,6 +225,7 @@ def launch(
         me = device or plan.devices[rank]
         if plan.devices[rank] != me:
             raise PlanError("E410", f"'{me}' has rank {rank}, which the plan gives to '{plan.devices[rank]}'")
+        refuse_a_second_run(config, plan, me, again=resume or force)
         _aligned(config, resume, silent)
         session = open_session(config, fresh=True)
         with Tracker(Path(config.out) / me, quiet=silent) as tracker:
