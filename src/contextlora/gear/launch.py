@@ -23,9 +23,10 @@ from contextlora.gear.plan import Plan
 from contextlora.gear.runtime import Team, TeamStage, exchange, prefix_of, stream, teams
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
-from contextlora.lora.attach import attached_state
+from contextlora.lora.attach import attached_state, decoder_layers
 from contextlora.lora.sharing import Phase
 from contextlora.models.inputs import ImageFeatures
+from contextlora.models.prompts import lowest_block
 from contextlora.training import checkpoint
 from contextlora.training.loop import learning_ends, run_id, task_samples, training_examples
 from contextlora.training.plan import planned, prepare, refuse_a_rival
@@ -71,6 +72,7 @@ def train_planned(
     """
     if attached_state(model) is None:
         prepare(model, graph, config)
+    check_model(plan, model)
     whole = planned(graph, None, config)
     _check(plan, [phase.tasks for phase in whole.phases], config)
     examples = training_examples(data, graph, config)
@@ -146,6 +148,15 @@ def _check(plan: Plan, stages: Iterable[tuple[str, ...]], config: TrainConfig) -
         raise PlanError("E409", f"the plan trains {theirs}, and this run {ours}; plan again")
     if config.context == "predicted":
         raise PlanError("E409", "context: predicted cannot be launched yet; use gold or none", where="train.context")
+
+
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Raises PlanError E409 for a plan of another model, E405 if its prefixes reach into layers that train here."""
+    units = len(decoder_layers(model)[1]) + 2
+    if plan.units != units:
+        text = f"the plan is of '{plan.model}', {plan.units} units; this model has {units}; plan again"
+        raise PlanError("E409", text, where="units")
+    plan.checked("the plan", lowest_block(model) + 1)
 
 
 def refuse_a_second_run(config: RunConfig, plan: Plan, me: str, *, again: bool) -> None:

@@ -177,7 +177,9 @@ class Case:
 
     def seconds(self, fill: Array, rate: Array | float, stages: int) -> Array:
         """Seconds of all steps of pipelines."""
-        return sum(n * step(fill, rate, int(m), stages) for n, m in zip(self.steps, self.micro, strict=True))
+        each = [n * step(fill, rate, int(m), stages) for n, m in zip(self.steps, self.micro, strict=True)]
+        total: Array = np.sum(each, axis=0)
+        return total
 
 
 def step(fill: Array, rate: Array | float, micro: int, stages: int) -> Array:
