@@ -51,7 +51,7 @@ def mutated(data, draw):
     """One value dropped, doubled, moved, nudged, or replaced by something odd or by another's."""
     data = copy.deepcopy(data)
     every = [p for p in places(data) if p]
-    parts = [p for p in every if p[-1] in ("device", "start", "stop", "cut", "tasks")]
+    parts = [p for p in every if p[-1] in ("device", "start", "stop", "cut", "tasks")] or every
     chosen = draw(st.sampled_from(every) | st.sampled_from(parts))
     other = draw(st.sampled_from([p for p in every if str(p[-1]) == str(chosen[-1])]))
     within, last, value = at(data, chosen[:-1]), chosen[-1], copy.deepcopy(at(data, other))
