@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -550,6 +551,27 @@ def test_measure_plan_and_launch(tiny: Path, tmp_path: Path):
         for path, pair in block.items():
             for side, other in zip(pair, both.blocks[task][path], strict=True):
                 assert (side - other).abs().max() < 1e-4
+    refused_by_both(command[command.index("-m", 3) :], env, tmp_path)
+
+
+def refused_by_both(command: list[str], env: dict[str, str], tmp_path: Path):
+    """A second launch, without torchrun, which would end the other; only the first device holds the adapter."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    elsewhere = [[], ["--set", f"out={tmp_path / 'elsewhere'}"]]
+    both = [
+        subprocess.Popen(
+            [sys.executable, *command, *more], env=env | there | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True
+        )
+        for i, more in enumerate(elsewhere)
+    ]
+    for one in both:
+        said = one.communicate(timeout=60)[1]
+        assert one.returncode == 2, said
+        assert "E521" in said
+        assert "holds a trained adapter" in said
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_plans_that_cannot_be(project: Path, tmp_path: Path):

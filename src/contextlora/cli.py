@@ -428,6 +428,7 @@ def launch(
     config: Config,
     device: Annotated[str | None, typer.Option(help="Which of the plan's devices this is; else by rank.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last stage that any device kept.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Throw away what `out` holds, its adapter too.")] = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -439,7 +440,8 @@ def launch(
     from contextlora.gear.launch import launch as run_plan
     from contextlora.gear.plan import Plan
 
-    folder = run_plan(_load(config, overrides), Plan.load(plan_file), device=device, resume=resume, silent=as_json)
+    run, made = _load(config, overrides), Plan.load(plan_file)
+    folder = run_plan(run, made, device=device, resume=resume, force=force, silent=as_json)
     _out(as_json, {"adapter": str(folder)}, f"trained; the first device of the plan has {folder}")
 
 

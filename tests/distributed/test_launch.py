@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 import tiny
 from contextlora.config import TrainConfig
+from contextlora.errors import PlanError
+from contextlora.gear import launch
 from contextlora.gear.plan import Group, Part, Plan, PlannedGroup, PlannedStage, Predicted
 from contextlora.lora.attach import attach, gated_layers
 from contextlora.training.loop import train
@@ -218,6 +220,21 @@ def test_prerequisites_answers_are_asked_in_shares_and_told_to_all(tmp_path, wor
     for device, blocks in got.items():
         worst = max((blocks[k] - want[k]).abs().max().item() for k in want)
         assert worst < 1e-9, f"{device}: {worst}"
+
+
+def test_a_plan_that_does_not_fit_the_model_is_refused_before_anyone_waits():
+    model, _ = tiny.llama(torch.float32)
+    attach(model, tiny.graph(), layers="2-2")
+    launch.check_model(plan(*TOP["streamed"]), model)
+    deeper = [
+        Group(
+            tasks=ROOTS, form="single", trainers=[part(A, 4)], size=2, ahead="streamed", prefix=[part(B, 0, 4)], cut=4
+        )
+    ]
+    with pytest.raises(PlanError, match=r"E405 the plan, stages\.0\.groups\.0\.group: the prefix ends at unit 4"):
+        launch.check_model(plan(deeper), model)
+    with pytest.raises(PlanError, match=r"E409 units: the plan is of 'tiny', 6 units; this model has 5"):
+        launch.check_model(plan(*TOP["streamed"]).model_copy(update={"units": 6}), model)
 
 
 def free_port():

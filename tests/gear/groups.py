@@ -75,4 +75,4 @@ def rewired(p, *, rate=None, delay=None, shared=True):
 def planned(p, *many):
     """A stage of these groups, as a planner would write it; nothing is exchanged."""
     found = tuple(PlannedGroup(group=g, predicted=cost.predict(p, g)) for g in many)
-    return PlannedStage(groups=found, exchange=0.0, seconds=max(f.predicted.seconds for f in found))
+    return PlannedStage(groups=found, exchange=0.0, seconds=cost.together(p, [f.predicted for f in found]))

@@ -10,6 +10,7 @@ import math
 import random
 import re
 
+import groups
 import pytest
 import small
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from contextlora.errors import PlanError
 from contextlora.gear.cost import Problem, exchange
 from contextlora.gear.exact import exact
 from contextlora.gear.fleet import Fleet
+from contextlora.gear.simulate import simulated_seconds
 from contextlora.gear.work import TaskLoad, Work
 
 problems = st.builds(
@@ -112,6 +114,39 @@ def test_another_device_is_never_slower(p):
         q = on(p, more)
         names = [t.name for t in p.work.stages[0]]
         assert seconds(q) - exchange(q, names) <= (seconds(p) - exchange(p, names)) * (1 + 1e-9)
+
+
+# --- a judge ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rivals_are_plans_of_other_kinds_and_the_judge_has_its_way(seed):
+    p = groups.with_cut(small.problem(3, 6, 2, 2, seed=seed, shared=seed % 2 == 0), 5e6)
+    met = []
+
+    def last(_, stage):
+        met.append(stage)
+        return -len(met)
+
+    judged, best = exact(p, SIZES, judge=last), exact(p, SIZES)
+    assert met[0] == best.stages[0]
+    assert judged.stages[0] == met[-1]
+    assert [s.seconds for s in met] == sorted(s.seconds for s in met)
+    assert len({repr([(g.group.form, g.group.ahead, g.group.size) for g in s.groups]) for s in met}) == len(met)
+    for stage in met:
+        valid(p, judged.model_copy(update={"stages": (stage,), "seconds": stage.seconds}))
+    assert exact(p, SIZES, judge=lambda _, stage: stage.seconds) == best
+
+
+def test_the_simulator_finds_better_plans_than_the_model_alone():
+    """Where the closed form is off: few micro-batches, much to send."""
+    gains = []
+    for seed in (1, 4, 29, 57):
+        p = groups.with_cut(small.problem(4, 7, 2, 2, seed=seed, batch=4), 1e7)
+        alone, judged = (simulated_seconds(p, exact(p, (1, 2, 4), judge=j)) for j in (None, simulated_seconds))
+        assert judged <= alone
+        gains.append(alone / judged - 1)
+    assert max(gains) > 0.01
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from collections import defaultdict
 
 import groups
@@ -143,6 +144,32 @@ def test_a_delay_adds_to_every_round_of_the_ring_and_once_for_the_rendezvous():
     assert simulate(p, [g], 1).seconds == pytest.approx(math.ceil(8 / 3) * each + 5 * 0.5 + air)
 
 
+@pytest.mark.parametrize(("stages", "micro", "delay"), [(2, 9, 0.3), (3, 10, 0.5), (4, 13, 0.2), (2, 2, 0.5)])
+def test_delays_make_the_first_stage_wait_for_its_first_micro_batch(stages, micro, delay):
+    """At most n are in flight: n micro-batches take a whole round trip, however short the stages are."""
+    p, g = equal_stages(stages, micro)
+    p = dataclasses.replace(p, fleet=groups.rewired(p, rate=1e30, delay=delay, shared=False).fleet)
+    trip = stages * 0.13 + 2 * (stages - 1) * delay
+    found = cost.step(p, g, micro, micro).seconds
+    assert found == pytest.approx(trip + (micro - 1) // stages * trip + (micro - 1) % stages * 0.13)
+    ((_, each),) = steady(p, [schedule(p, g, micro)])
+    assert found == pytest.approx(each, rel=0.01)
+
+
+@pytest.mark.parametrize("cut", [1e7, 3e7])
+def test_pipelines_on_links_of_their_own_take_what_the_model_says(cut):
+    off = []
+    for seed in range(900):
+        p, g = groups.draw(seed, cut=cut)
+        if g.form == "pipeline" and g.ahead == "none" and not p.fleet.shared and g.trainers[0].stop > p.work.lowest:
+            micro = 2 * groups.full(p, g)
+            ((_, each),) = steady(p, [schedule(p, g, micro)])
+            off.append(cost.step(p, g, micro, micro).seconds / each - 1)
+    assert len(off) > 10
+    assert statistics.median(map(abs, off)) < 0.005
+    assert -0.2 < min(off) <= max(off) < 0.15
+
+
 # --- a prefix that streams ahead -------------------------------------------------------------------------------------
 
 
@@ -159,6 +186,25 @@ def test_a_streamed_prefix_bounds_a_step_without_adding_to_it(seed):
     assert each == pytest.approx(one.seconds, rel=0.02)
     assert each >= max(one.busy.values()) * (1 - EXACT)
     assert not p.fleet.shared or each >= one.air * (1 - EXACT)
+
+
+@pytest.mark.parametrize("prefix", [["d0"], ["d0", "d1"]])
+def test_a_prefix_behind_links_that_differ_sends_at_their_mean(prefix):
+    """Trainers alike, one of them on a slow link: every other micro-batch takes longer."""
+    p = alike(small.problem(4, 8, lowest=3, seed=2, memory=(500, 501), shared=False))
+    p = groups.rewired(groups.with_cut(p, 1e7), rate=1e8, delay=0.0, shared=False)
+    slow = {pair: x.model_copy(update={"rate": 1e6 if "d3" in pair else 1e8}) for pair, x in p.fleet.links.items()}
+    p = dataclasses.replace(p, fleet=dataclasses.replace(p.fleet, links=slow))
+    ahead = [(d, 0, 1) for d in prefix]
+    g = groups.group("data", ("d2", 1, 8), ("d3", 1, 8), prefix=ahead, ahead="streamed", cut=1, size=1)
+    first = max(p.forward("d0", 0, 1, 1), 0.8 * p.cut(1) / 1e7)
+    pace = (first + 8 * p.cut(1) / 1e6) / 2
+    assert cost.pace(p, g, g.prefix[0]) == pytest.approx(pace)
+    one = cost.step(p, g, 8, 8)
+    assert one.seconds == pytest.approx(pace * 8 / len(prefix))
+    if len(prefix) == 1:
+        ((_, each),) = steady(p, [schedule(p, g, 8)])
+        assert each == pytest.approx(one.seconds, rel=0.02)
 
 
 def test_the_queue_bounds_how_far_a_prefix_runs_ahead():

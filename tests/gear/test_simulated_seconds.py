@@ -29,6 +29,17 @@ def test_groups_at_once_share_the_medium_only():
         assert whole > 1.2 * max(apart) if grows else whole == pytest.approx(max(apart))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_at_once_take_all_their_air_where_the_medium_binds(seed):
+    p = groups.rewired(groups.with_cut(small.problem(4, 6, lowest=1, seed=seed), 1e8), rate=1e6, delay=0.0)
+    a = groups.group("pipeline", ("d0", 0, 3), ("d1", 3, 6), tasks=("t0",), size=1)
+    b = groups.group("pipeline", ("d2", 0, 2), ("d3", 2, 6), tasks=("t1",), size=1)
+    stage = groups.planned(p, a, b)
+    assert stage.seconds == pytest.approx(sum(g.predicted.air for g in stage.groups))
+    assert stage.seconds > 1.2 * max(g.predicted.seconds for g in stage.groups)
+    assert simulated_seconds(p, stage) == pytest.approx(stage.seconds, rel=0.02)
+
+
 def test_a_stage_is_its_steps_one_after_another():
     """Extrapolated seconds against every single step played."""
     p = small.problem(3, 8, lowest=3, tasks=1, seed=8, epochs=40)

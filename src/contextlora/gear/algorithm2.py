@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from contextlora.gear.cost import Problem, exchange, predict
+from contextlora.gear.cost import Problem, exchange, predict, together
 from contextlora.gear.plan import Group, Part, Plan, PlannedGroup, PlannedStage, deal
 from contextlora.gear.shortfall import nothing_fits
 from contextlora.gear.tables import Array, Bytes, Case, Pace, bits
@@ -69,9 +69,8 @@ def _stage(problem: Problem, tasks: Sequence[TaskLoad], sizes: Sequence[int]) ->
                 group = _group(problem, names, training, cut, k, q)
                 predicted = predict(problem, group)
                 given = exchange(problem, names)
-                seconds = max(predicted.seconds, predicted.air) if problem.fleet.shared else predicted.seconds
                 planned = PlannedGroup(group=group, predicted=predicted)
-                return PlannedStage(groups=(planned,), exchange=given, seconds=seconds + given)
+                return PlannedStage(groups=(planned,), exchange=given, seconds=together(problem, [predicted]) + given)
     raise nothing_fits(problem, tasks, sizes)
 
 

@@ -1,12 +1,16 @@
 """What a group costs: seconds, bytes on the air, memory. The one model that planners minimise and plans report.
 
-Step time of a pipeline (SEMANTICS section 3):
+Step time of a pipeline of n stages (SEMANTICS section 3, and 1F1B's limit of what is in flight):
 
-    T = fill + (M - 1) max(slowest stage, medium)
+    T = fill + (M - 1) rate + floor((M - 1) / n) max(0, fill - n rate),    rate = max(slowest stage, medium)
 
 fill: the first micro-batch through all stages and back; medium: what one micro-batch moves over a shared medium, or
-over the busiest dedicated link. Frozen prefixes stream ahead across optimizer steps, so they bound a step's time
-without adding to it. ContextLoRA eqs. 9 and 10 are the stage sums here; its eq. 11 is their maximum.
+over the busiest dedicated link. The first stage has n micro-batches in flight, so that another waits until the first of
+them is back: n of them take no less than the fill. Later stages' limits, which bind less often, are left out, and a
+first stage without blocks, whose outputs wait for receives instead, counts as if it had this one.
+
+Frozen prefixes stream ahead across optimizer steps, so they bound a step's time without adding to it. ContextLoRA
+eqs. 9 and 10 are the stage sums here; its eq. 11 is their maximum.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from contextlora.gear.work import TaskLoad, Work
 
 LEARNING = 16  # bytes a trained parameter takes: float32 value, gradient and AdamW's two moments
 HELD = 4  # bytes of one that is only read
+TINY = 1e-30  # seconds, where something takes none, so that shares by speed exist
 QUEUE = 2  # micro-batches that wait between a prefix and its trainers
 
 
@@ -195,7 +200,7 @@ def _ring(p: Problem, devices: Sequence[str], size: float) -> tuple[float, float
 
 
 def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
-    """fill + (M - 1) bottleneck; one device is a pipeline of one stage without hops."""
+    """The module's T; one device is a pipeline of one stage without hops."""
     k, skipped = g.size, 0.0
     if g.ahead == "local":  # cached micro-batches begin above the prefix
         skipped = p.forward(g.trainers[0].device, 0, g.cut, k) * (1 - fresh / micro)
@@ -213,32 +218,42 @@ def _pipeline(p: Problem, g: Group, micro: int, fresh: int, busy: dict[str, floa
         slowest_hop = max(slowest_hop, hop)  # a dedicated link is full-duplex
         sent[a.device] += micro * size
         sent[b.device] += micro * size * (ways - 1)
-    medium = air if p.fleet.shared else slowest_hop
-    return _Share(fill + (micro - 1) * max(max(stages), medium), micro * air)
+    n, rate = len(stages), max(*stages, air if p.fleet.shared else slowest_hop)
+    waits = (micro - 1) // n * max(0.0, fill - n * rate)
+    return _Share(fill + (micro - 1) * rate + waits, micro * air)
 
 
 def _prefix(p: Problem, g: Group, fresh: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
     """Seconds of the prefix's devices for `fresh` micro-batches dealt by speed, and of the first until it arrives."""
-    k, to = g.size, g.trainers[0].device
+    k = g.size
     each = [p.forward(part.device, 0, g.cut, k) for part in g.prefix]
-    hops = [p.fleet.airtime(part.device, to, p.cut(k)) for part in g.prefix]
+    hops = [sum(w * p.fleet.airtime(part.device, to, p.cut(k)) for to, w in receivers(p, g)) for part in g.prefix]
+    late = [sum(w * p.fleet.delay(part.device, to) for to, w in receivers(p, g)) for part in g.prefix]
     paces = [pace(p, g, part) for part in g.prefix]
     dealt = deal(fresh, paces)
     for part, count, seconds in zip(g.prefix, dealt, each, strict=True):
         busy[part.device] += count * seconds
         sent[part.device] += count * p.cut(k)
     slowest = max(c * s for c, s in zip(dealt, paces, strict=True))
-    first = min(s + h + p.fleet.delay(part.device, to) for part, s, h in zip(g.prefix, each, hops, strict=True))
+    first = min(s + h + d for s, h, d in zip(each, hops, late, strict=True))
     return _Share(slowest, sum(c * h for c, h in zip(dealt, hops, strict=True)), first)
 
 
 def pace(p: Problem, g: Group, part: Part) -> float:
     """Seconds from one micro-batch of a prefix's device to its next: it computes one while another is on its way.
 
-    Data-parallel trainers count as if all sat behind the first one's link, which is exact on a shared medium only.
+    Of links to several trainers, that of every one counts by the share of micro-batches that it takes.
     """
-    hop = p.fleet.airtime(part.device, g.trainers[0].device, p.cut(g.size))
-    return max(p.forward(part.device, 0, g.cut, g.size), hop)
+    own = p.forward(part.device, 0, g.cut, g.size)
+    return sum(w * max(own, p.fleet.airtime(part.device, to, p.cut(g.size))) for to, w in receivers(p, g))
+
+
+def receivers(p: Problem, g: Group) -> list[tuple[str, float]]:
+    """Who receives what a prefix sends, each with its share: several data-parallel trainers by their speeds."""
+    if g.form != "data":
+        return [(g.trainers[0].device, 1.0)]
+    speeds = [1 / max(there_and_back(p, t, g), TINY) for t in g.trainers]
+    return [(t.device, s / sum(speeds)) for t, s in zip(g.trainers, speeds, strict=True)]
 
 
 # --- a group's stage -------------------------------------------------------------------------------------------------
@@ -288,6 +303,15 @@ def memory_of(problem: Problem, group: Group, micro: int) -> dict[str, float]:
 def fits(problem: Problem, predicted: Predicted) -> bool:
     """Whether no device needs more memory than it has."""
     return all(use.memory <= problem.fleet.devices[d].memory for d, use in predicted.devices.items())
+
+
+def together(problem: Problem, groups: Sequence[Predicted]) -> float:
+    """Seconds of groups side by side: the longest one's, or on a shared medium the air of all, if that is longer.
+
+    What a transfer waits for other groups' transfers is left out as long as the medium has time for all of them.
+    """
+    longest = max(g.seconds for g in groups)
+    return max(longest, sum(g.air for g in groups)) if problem.fleet.shared else longest
 
 
 def exchange(problem: Problem, tasks: Iterable[str]) -> float:

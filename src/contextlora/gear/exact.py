@@ -5,19 +5,23 @@ is longer. So a plan of less than T seconds exists if and only if the tasks can 
 devices such that every group takes less than T and their least air by groups of less than T adds up to less than T.
 `divide.least_air` decides that for sets of devices by dynamic programming. The search asks it of bounds (see
 `options`), to learn which unexplored groups can still matter, and explores those, until none can.
+
+`cost` is a closed form, right to a few per cent in the middle but not always. So a judge that takes longer to ask, the
+simulator, may choose for each stage among this plan and the best known ones of other kinds, which the search leaves
+behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from contextlora.errors import PlanError
 from contextlora.gear import explore
-from contextlora.gear.cost import Problem, exchange, predict
+from contextlora.gear.cost import Problem, exchange, predict, together
 from contextlora.gear.divide import Counts, fewest, least_air, minus, parts
-from contextlora.gear.options import Cell, Options, Prefixes
+from contextlora.gear.options import Cell, Options, Prefixes, Slot
 from contextlora.gear.plan import Group, Plan, PlannedGroup, PlannedStage
 from contextlora.gear.recover import group_of
 from contextlora.gear.rings import Rings
@@ -26,14 +30,20 @@ from contextlora.gear.tables import Array, Bytes, Pace, Sets
 from contextlora.gear.work import TaskLoad
 
 EQUAL = 1e-12  # relative; sums of the same seconds in another order differ less
+JUDGED = 4  # plans of a stage; more gain next to nothing
+NEAR = 1.5  # times the best seconds, within which others are judged: `cost` is off by less
 MOST_DEVICES = 10  # 10 s; each further one takes 3 to 4 times as long, and as much memory
 
 
-def exact(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8)) -> Plan:
+Judge = Callable[[Problem, PlannedStage], float]
+
+
+def exact(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8), judge: Judge | None = None) -> Plan:
     """Plans a training in the least seconds that the model of `cost` allows.
 
     Args:
         sizes: of micro-batches, k, to choose from.
+        judge: seconds of a stage by a better model, which chooses among the best plan and its rivals of other kinds.
 
     Raises:
         PlanError: E406 where nothing fits the devices' memory, E408 for more devices than can be searched.
@@ -43,7 +53,7 @@ def exact(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8)) -> Plan:
         text = f"the exact planner takes up to {MOST_DEVICES} devices, got {len(names)}; use algorithm2"
         raise PlanError("E408", text)
     search = _Search(problem, sorted(set(sizes)))
-    stages = tuple(search.stage(tasks) for tasks in problem.work.stages)
+    stages = tuple(search.stage(tasks, judge) for tasks in problem.work.stages)
     seconds = sum(s.seconds for s in stages)
     profile = problem.any_profile
     synthetic = problem.fleet.synthetic or any(p.synthetic for p in problem.profiles.values())
@@ -70,12 +80,17 @@ class _Search:
         lowest = min(problem.work.lowest, problem.units - 1)
         self.prefixes = {p.k: Prefixes.of(self.bytes, p, self.sets, lowest) for p in self.paces} if lowest else {}
 
-    def stage(self, tasks: Sequence[TaskLoad]) -> PlannedStage:
+    def stage(self, tasks: Sequence[TaskLoad], judge: Judge | None) -> PlannedStage:
         """Plans one stage."""
-        groups = [PlannedGroup(group=g, predicted=predict(self.problem, g)) for g in _Stage(self, tasks).groups()]
-        longest = max(g.predicted.seconds for g in groups)
-        if self.problem.fleet.shared:
-            longest = max(longest, sum(g.predicted.air for g in groups))
+        search = _Stage(self, tasks)
+        best = self._planned(tasks, search.groups())
+        if judge is None:
+            return best
+        return min((best, *(self._planned(tasks, g) for g in search.rivals())), key=lambda s: judge(self.problem, s))
+
+    def _planned(self, tasks: Sequence[TaskLoad], found: Sequence[Group]) -> PlannedStage:
+        groups = [PlannedGroup(group=g, predicted=predict(self.problem, g)) for g in found]
+        longest = together(self.problem, [g.predicted for g in groups])
         given = exchange(self.problem, [t.name for t in tasks])
         return PlannedStage(groups=tuple(groups), exchange=given, seconds=longest + given)
 
@@ -121,7 +136,21 @@ class _Stage:
             pass
         if np.isinf(self.best):
             raise nothing_fits(self.problem, self.tasks, self.search.sizes)
-        return self._build()
+        return [group for group, _ in self._build()]
+
+    def rivals(self) -> Iterator[list[Group]]:
+        """After `groups`: the best ones known without the kind of the group that takes longest, again and again."""
+        near, found = self.best * NEAR, self._build()
+        for _ in range(JUDGED - 1):
+            slowest = max(found, key=lambda f: predict(self.problem, f[0]).seconds)[1]
+            for o in self.options.values():
+                o.seconds[[_kind(s) == _kind(slowest) for s in o.slots]] = np.inf
+            self.best = near
+            self._improve()
+            if self.best == near:
+                return
+            found = self._build()
+            yield [group for group, _ in found]
 
     # --- exploring ---------------------------------------------------------------------------------------------------
 
@@ -215,8 +244,8 @@ class _Stage:
 
     # --- the plan ----------------------------------------------------------------------------------------------------
 
-    def _build(self) -> list[Group]:
-        """The groups of the best plan; of several, one with the fewest devices among those that were explored."""
+    def _build(self) -> list[tuple[Group, Slot]]:
+        """The groups of the best plan with their slots; of several, one of the fewest devices among those explored."""
         limit = self.best * (1 + EQUAL)
         quick = {c: np.where(o.seconds <= limit, o.air[:, None], np.inf) for c, o in self.options.items()}
         by_mask = {c: q.min(0, initial=np.inf) for c, q in quick.items()}
@@ -227,5 +256,10 @@ class _Stage:
             slot = min(
                 np.flatnonzero(quick[counts][:, mask] <= by_mask[counts][mask]), key=lambda s: (o.seconds[s, mask], s)
             )
-            groups.append(group_of(self.problem, o, int(slot), mask, tuple(tasks), limit))
+            groups.append((group_of(self.problem, o, int(slot), mask, tuple(tasks), limit), o.slots[slot]))
         return groups
+
+
+def _kind(s: Slot) -> tuple[str, int, bool]:
+    """Kinds of groups about which `cost` may err differently."""
+    return s.kind, s.k, s.stages > 1

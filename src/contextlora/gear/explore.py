@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from contextlora.gear.cost import TINY
 from contextlora.gear.options import STREAMED, Cell, Options, Prefixes, Rows
 from contextlora.gear.pipelines import PLAIN, Probe
-from contextlora.gear.tables import Array, Case, deal_all
+from contextlora.gear.tables import Array, Case, deal_all, step
 
 MOST = 1 << 19  # rows at once, to bound memory
 
@@ -58,13 +59,14 @@ def streamed_without_pipeline(o: Options, limit: float, useful: Array) -> None:
             rows = Rows(slot, 1 << d, d, at, 0.0 * step, step, step)
             stream(o, case, o.prefixes[k], rows, cached, limit, useful)
         for cut in range(1, o.lowest + 1):
+            speeds = 1 / np.maximum(case.pace.both[:, -1] - case.pace.both[:, cut], TINY)
             for masks, step in _data(o, case, cut):
-                size, each = int(masks[0]).bit_count(), np.arange(len(masks))
-                which, to = (each, 0 * each) if o.shared else np.nonzero(o.sets.member[masks])  # who receives
-                slot = 0 * which + o.base[k, "data streamed", size]
-                air = 0.0 * step[:, which] + o.ring[masks[which], 1]
-                rows = Rows(slot, masks[which], to, 0 * which + cut - 1, air, step[:, which], step[:, which])
-                stream(o, case, o.prefixes[k], rows, False, limit, useful)
+                to = np.arange(len(masks))  # all trainers of a set receive
+                shares = o.sets.member[masks] * speeds
+                ahead = o.prefixes[k] if o.shared else o.prefixes[k].mean(shares / shares.sum(-1, keepdims=True), cut)
+                slot = 0 * to + o.base[k, "data streamed", int(masks[0]).bit_count()]
+                rows = Rows(slot, masks, to, 0 * to + cut - 1, 0.0 * step + o.ring[masks, 1], step, step)
+                stream(o, case, ahead, rows, False, limit, useful)
 
 
 def stream(
@@ -116,9 +118,10 @@ def _note(
 
 def _behind(case: Case, p: Prefixes, rows: Rows, trainers: Array, prefix: Array, fresh: Array) -> Array:
     """Seconds of a stage whose steps take the trainers, the prefix, or the medium longest."""
-    total = p.first[rows.to, prefix, rows.cut].copy()
+    where = rows.to, prefix, rows.cut
+    total = p.until(None, *where)
     for r, n in enumerate(case.steps):
-        ahead = p.busy(int(fresh[r]))[rows.to, prefix, rows.cut]
+        ahead = p.until(int(fresh[r]), *where)
         total += n * np.maximum(np.maximum(trainers[r], ahead), rows.air[r])
     return total
 
@@ -160,10 +163,10 @@ def _behind_prefix(
     o: Options, case: Case, kind: str, fill: Array, n: int, tau: tuple[float, float], limit: float
 ) -> Rows:
     """Pipelines of n stages that begin above a cut, where a prefix that costs nothing would make them fast enough."""
-    medium, more, fill = o.medium(case.k, n), (case.micro - 1)[:, None], fill[1 : o.lowest + 1]
-    at, which, x = np.nonzero(case.seconds(fill, np.maximum(tau[0], medium)) < limit)
+    medium, fill = o.medium(case.k, n), fill[1 : o.lowest + 1]
+    at, which, x = np.nonzero(case.seconds(fill, np.maximum(tau[0], medium), n) < limit)
     fills, busy = fill[at, which, x], medium[x]
-    low, high = (fills + more * np.maximum(t, busy) for t in tau)
+    low, high = (np.array([step(fills, np.maximum(t, busy), int(m), n) for m in case.micro]) for t in tau)
     air, slot = case.micro[:, None] * busy, o.base[case.k, kind, n] + x
     return Rows(slot, o.sets.of_size[n][which], x, at, air, low, high, tau[1])
 
@@ -176,8 +179,8 @@ def _plain(o: Options, case: Case, fill: Array, n: int, tau: tuple[float, float]
     which, x = np.nonzero(np.isfinite(fill))
     slot, mask = o.base[case.k, "none", n] + x, o.sets.of_size[n][which]
     fills, zero = fill[which, x], np.zeros(len(x), dtype=int)
-    lower[slot - o.part[case.k].start, mask] = case.seconds(fills, np.maximum(tau[0], medium[x]))
-    o.keep(slot, mask, case.seconds(fills, np.maximum(tau[1], medium[x])), tau[1], zero, mask)
+    lower[slot - o.part[case.k].start, mask] = case.seconds(fills, np.maximum(tau[0], medium[x]), n)
+    o.keep(slot, mask, case.seconds(fills, np.maximum(tau[1], medium[x]), n), tau[1], zero, mask)
 
 
 def _local(
@@ -203,15 +206,15 @@ def _local(
         width = after.shape[2]
         slot, mask = np.meshgrid(base + (np.arange(width) if o.shared else np.array([d])), o.sets.of_size[n][both])
         busy = medium if o.shared else medium[d : d + 1]
-        bounds = [local_seconds(o, case, d, after, t, busy).min(0).ravel() for t in tau]
+        bounds = [local_seconds(o, case, d, after, t, busy, n).min(0).ravel() for t in tau]
         at = slot.ravel() - o.part[case.k].start, mask.ravel()
         lower[at] = np.minimum(lower[at], bounds[0])  # on a shared medium, each device may be the set's first
         zero = np.zeros(slot.size, dtype=int)
         o.keep(slot.ravel(), mask.ravel(), bounds[1], tau[1], zero, mask.ravel())
 
 
-def local_seconds(o: Options, case: Case, device: int, after: Array, tau: float, medium: Array) -> Array:
-    """Seconds by where the first trainer ends (from 1 on), given the fill of what follows, `after`."""
+def local_seconds(o: Options, case: Case, device: int, after: Array, tau: float, medium: Array, n: int) -> Array:
+    """Seconds of n stages by where the first trainer ends (from 1 on), given the fill of what follows, `after`."""
     stops = np.arange(1, len(after) + 1)
     own = case.pace.both[device, stops]
     saved = case.pace.forward[device, np.minimum(stops, o.lowest)]
@@ -219,5 +222,5 @@ def local_seconds(o: Options, case: Case, device: int, after: Array, tau: float,
     rest = np.maximum(tau, medium)
     for steps, micro, fresh in zip(case.steps, case.micro, case.fresh[True], strict=True):
         stage = (own - saved * (1 - fresh / micro)).reshape(-1, *[1] * (after.ndim - 1))
-        total += steps * (after + stage + (micro - 1) * np.maximum(rest, stage))
+        total += steps * step(after + stage, np.maximum(rest, stage), int(micro), n)
     return total

@@ -24,9 +24,10 @@ from contextlora.gear.plan import Plan
 from contextlora.gear.runtime import Team, TeamStage, ask_prerequisites, exchange, prefix_of, stream, teams
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
-from contextlora.lora.attach import attached_state
+from contextlora.lora.attach import attached_state, decoder_layers
 from contextlora.lora.sharing import Phase
 from contextlora.models.inputs import ImageFeatures
+from contextlora.models.prompts import lowest_block
 from contextlora.training import checkpoint
 from contextlora.training.loop import learning_ends, run_id, task_samples, training_examples
 from contextlora.training.plan import planned, prepare, refuse_a_rival
@@ -72,6 +73,7 @@ def train_planned(
     """
     if attached_state(model) is None:
         prepare(model, graph, config)
+    check_model(plan, model)
     whole = planned(graph, None, config)
     _check(plan, [phase.tasks for phase in whole.phases])
     examples = training_examples(data, graph, config)
@@ -149,6 +151,31 @@ def _check(plan: Plan, stages: Iterable[tuple[str, ...]]) -> None:
         raise PlanError("E409", f"the plan trains {theirs}, and this run {ours}; plan again")
 
 
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Raises PlanError E409 for a plan of another model, E405 if its prefixes reach into layers that train here."""
+    units = len(decoder_layers(model)[1]) + 2
+    if plan.units != units:
+        text = f"the plan is of '{plan.model}', {plan.units} units; this model has {units}; plan again"
+        raise PlanError("E409", text, where="units")
+    plan.checked("the plan", lowest_block(model) + 1)
+
+
+def refuse_a_second_run(config: RunConfig, plan: Plan, me: str, *, again: bool) -> None:
+    """Raises RunError E521 or E522, on every device, where any of them holds what a training would throw away.
+
+    Args:
+        again: resume, or throw away; should some devices be told so and others not, what the others hold counts.
+    """
+    trained = RunFolder(config.out).has_adapter and not again
+    begun = RunFolder(Path(config.out) / me).interrupted and not again
+    held = [torch.zeros(2, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(held, torch.tensor([trained, begun], dtype=torch.long))
+    for code, what, kept in (("E521", "a trained adapter", 0), ("E522", "an interrupted run", 1)):
+        if who := [f"'{name}'" for name, h in zip(plan.devices, held, strict=False) if h[kept]]:
+            text = f"{', '.join(who)} holds {what}; on all devices, go on with --resume, or throw it away with --force"
+            raise RunError(code, text, where=config.out)
+
+
 def _aligned(config: RunConfig, resume: bool, silent: bool) -> None:
     """The first device aligns the projector, if asked; all others must have what it made. Raises PlanError E409."""
     folder = RunFolder(config.out)
@@ -174,7 +201,13 @@ def _with_others() -> Iterator[None]:
 
 
 def launch(
-    config: RunConfig, plan: Plan, *, device: str | None = None, resume: bool = False, silent: bool = False
+    config: RunConfig,
+    plan: Plan,
+    *,
+    device: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    silent: bool = False,
 ) -> Path:
     """What `torchrun ... -m contextlora launch` does on each device. Returns the adapter's folder.
 
@@ -183,10 +216,12 @@ def launch(
         plan: for this run.
         device: which of the plan's devices this is; None takes the one of this process's rank.
         resume: go on after the last stage that any of the devices has kept.
+        force: throw away what an earlier training has left in `config.out`, and its adapter.
         silent: no progress bar.
 
     Raises:
         PlanError: E410 not started by torchrun, or by another number of devices. Otherwise as `train_planned`.
+        RunError: E521 if an adapter would be overwritten, E522 an interrupted run; on all devices.
     """
     refuse_a_rival(config.train)
     if "RANK" not in os.environ:
@@ -202,6 +237,7 @@ def launch(
         me = device or plan.devices[rank]
         if plan.devices[rank] != me:
             raise PlanError("E410", f"'{me}' has rank {rank}, which the plan gives to '{plan.devices[rank]}'")
+        refuse_a_second_run(config, plan, me, again=resume or force)
         _aligned(config, resume, silent)
         session = open_session(config, fresh=True)
         with Tracker(Path(config.out) / me, quiet=silent) as tracker:

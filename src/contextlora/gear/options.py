@@ -75,13 +75,16 @@ class Prefixes:
     """Prefixes of k samples on all sets of devices, for each cut from 1 on.
 
     Attributes:
-        each: seconds of a micro-batch by receiver, set, cut and device; inf where one is not in the set or cannot.
-        first: seconds until the first arrives, by receiver, set and cut.
+        each, arrives: seconds of a micro-batch, and until the first one arrives, by receiver, cut and device; inf where
+            the device has no room for the prefix.
+        member: of which set each device is, (sets, devices).
+        tables: what `until` gives, by count, for all receivers, sets and cuts; None where few of them are asked for.
     """
 
     each: Array
-    first: Array
-    dealt: dict[int, Array] = field(default_factory=dict)
+    arrives: Array
+    member: Array
+    tables: dict[int | None, Array] | None = field(default_factory=dict)
 
     @classmethod
     def of(cls, size: Bytes, pace: Pace, sets: Sets, lowest: int) -> Prefixes:
@@ -90,16 +93,31 @@ class Prefixes:
         fits = (size.needed((), pace.k, 0)[0, 1 : lowest + 1, None] <= size.room)[None]
         hop = pace.hop.T[:, None, :] if not pace.shared else np.full((1, 1, sets.devices), pace.medium)
         late = pace.late.T[:, None, :] if not pace.shared else np.full((1, 1, sets.devices), pace.late.max())
-        member = sets.member[:, None, :]
-        slower = np.where(fits, np.maximum(own, hop), np.inf)[:, None]
-        first = np.where(fits, own + hop + late, np.inf)[:, None]
-        return cls(np.where(member, slower, np.inf), np.where(member, first, np.inf).min(-1))
+        slower = np.where(fits, np.maximum(own, hop), np.inf)
+        return cls(slower, np.where(fits, own + hop + late, np.inf), sets.member)
 
-    def busy(self, count: int) -> Array:
-        """Seconds for `count` micro-batches, by receiver, set and cut."""
-        if count not in self.dealt:
-            self.dealt[count] = deal_all(count, self.each)
-        return self.dealt[count]
+    def mean(self, shares: Array, cut: int) -> Prefixes:
+        """Those that end at one cut, where a receiver, a row of `shares`, is several devices at once, its columns."""
+
+        def averaged(what: Array) -> Array:
+            fits = np.isfinite(what[0, cut - 1])  # whoever receives
+            mean = np.where(fits, shares @ np.where(fits, what[:, cut - 1], 0.0), np.inf)
+            return np.broadcast_to(mean[:, None], (len(shares), *what.shape[1:]))
+
+        return Prefixes(averaged(self.each), averaged(self.arrives), self.member, None)
+
+    def until(self, count: int | None, to: Array, prefix: Array, cut: Array) -> Array:
+        """Seconds until sets of devices are done with `count` micro-batches; None: until their first has arrived."""
+        what = self.arrives if count is None else self.each
+        if self.tables is None:
+            return _until(count, np.where(self.member[prefix], what[to, cut], np.inf))
+        if count not in self.tables:
+            self.tables[count] = _until(count, np.where(self.member[:, None], what[:, None], np.inf))
+        return self.tables[count][to, prefix, cut]
+
+
+def _until(count: int | None, seconds: Array) -> Array:
+    return seconds.min(-1) if count is None else deal_all(count, seconds)
 
 
 class Options:
@@ -166,7 +184,7 @@ class Options:
 
     def able(self, k: int, prefix: int, cut: int) -> list[int]:
         """Devices of a prefix that can hold it."""
-        return [d for d in bits(prefix) if np.isfinite(self.prefixes[k].each[0, 1 << d, cut - 1, d])]
+        return [d for d in bits(prefix) if np.isfinite(self.prefixes[k].each[0, cut - 1, d])]
 
     def medium(self, k: int, stages: int) -> Array:
         """Seconds that a micro-batch's hops occupy a shared medium, by x, hops without gradients; 0 on links."""

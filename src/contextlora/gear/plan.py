@@ -28,6 +28,7 @@ from contextlora.strict import Strict, validate
 
 FORMAT = 1
 Index = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
@@ -41,7 +42,7 @@ class Part(Strict):
     device: Name
     start: Index
     stop: Index
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    seconds: Amount = 0.0
 
 
 Parts = Annotated[tuple[Part, ...], Field(strict=False)]
@@ -85,9 +86,9 @@ class DeviceUse(Strict):
         sent: bytes that it sends.
     """
 
-    memory: float
-    busy: float
-    sent: float
+    memory: Amount
+    busy: Amount
+    sent: Amount
 
 
 class Predicted(Strict):
@@ -101,10 +102,10 @@ class Predicted(Strict):
         devices: by name.
     """
 
-    step: float
-    cached_step: float
-    seconds: float
-    air: float
+    step: Amount
+    cached_step: Amount
+    seconds: Amount
+    air: Amount
     devices: dict[str, DeviceUse]
 
 
@@ -119,8 +120,8 @@ class PlannedStage(Strict):
     """The groups that work side by side, and the seconds until the last of them is done and slices are exchanged."""
 
     groups: Annotated[tuple[PlannedGroup, ...], Field(strict=False, min_length=1)]
-    exchange: float
-    seconds: float
+    exchange: Amount
+    seconds: Amount
 
 
 class Plan(Strict):
@@ -139,9 +140,9 @@ class Plan(Strict):
     planner: str
     fleet: str
     model: str
-    units: int
+    units: Annotated[int, Field(ge=3)]
     stages: Annotated[tuple[PlannedStage, ...], Field(strict=False, min_length=1)]
-    seconds: float
+    seconds: Amount
     synthetic: bool = False
 
     @property
@@ -151,7 +152,7 @@ class Plan(Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Reads a plan. Raises PlanError E405 for a file that is none, ConfigError E103 for faults in it."""
+        """Reads a plan. Raises PlanError E405 for one that makes no sense or is none, ConfigError E103 for faults."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
@@ -159,7 +160,34 @@ class Plan(Strict):
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
             text = f"a plan of format {data['format']!r}, and this version reads {FORMAT}; plan again"
             raise PlanError("E405", text, where=path)
-        return validate(cls, data, path)
+        return validate(cls, data, path).checked(path)
+
+    def checked(self, where: object = "", lowest: int | None = None) -> Plan:
+        """Itself.
+
+        Args:
+            where: for the error.
+            lowest: the first unit with blocks, where it is known.
+
+        Raises:
+            PlanError: E405 unless every group makes sense, every task trains once, and no device is in two groups of a
+                stage.
+        """
+        lowest, trained = self.units - 1 if lowest is None else lowest, set[str]()
+        for i, stage in enumerate(self.stages):
+            busy = set[str]()
+            for j, group in enumerate(p.group for p in stage.groups):
+                wrong = _wrong(group, self.units, lowest)
+                if twice := [t for n, t in enumerate(group.tasks) if t in trained or t in group.tasks[:n]]:
+                    wrong = wrong or f"task '{twice[0]}' is trained twice"
+                if shared := [d for d in group.devices if d in busy]:
+                    wrong = wrong or f"device '{shared[0]}' works in two groups at once"
+                if wrong:
+                    place = f"stages.{i}.groups.{j}.group"
+                    raise PlanError("E405", wrong, where=f"{where}, {place}" if where else place)
+                trained.update(group.tasks)
+                busy.update(group.devices)
+        return self
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
@@ -168,15 +196,12 @@ class Plan(Strict):
 
 def check_group(group: Group, units: int, lowest: int, fleet: Fleet) -> None:
     """Raises PlanError E405 unless a group makes sense: every unit run once, on devices that exist, each used once."""
-    wrong = _wrong(group, units, lowest, fleet)
-    if wrong:
+    unknown = [f"the fleet has no device '{d}'" for d in group.devices if d not in fleet.devices]
+    if wrong := (unknown or [_wrong(group, units, lowest)])[0]:
         raise PlanError("E405", wrong, where=", ".join(group.tasks))
 
 
-def _wrong(g: Group, units: int, lowest: int, fleet: Fleet) -> str:
-    for name in g.devices:
-        if name not in fleet.devices:
-            return f"the fleet has no device '{name}'"
+def _wrong(g: Group, units: int, lowest: int) -> str:
     if len(set(g.devices)) < len(g.devices):
         return "a device is used twice"
     if g.cut > lowest:

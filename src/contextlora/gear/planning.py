@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -17,12 +18,16 @@ from contextlora.gear.exact import exact
 from contextlora.gear.fleet import Fleet
 from contextlora.gear.plan import Group, Part, Plan
 from contextlora.gear.profile import Profile
+from contextlora.gear.simulate import simulated_seconds
 from contextlora.gear.units import show_bytes
 from contextlora.gear.work import work_of
 from contextlora.graph import TaskGraph
 
 Planner = Literal["exact", "algorithm2"]
-PLANNERS: Mapping[str, Callable[[Problem, Sequence[int]], Plan]] = {"exact": exact, "algorithm2": algorithm2}
+PLANNERS: Mapping[str, Callable[[Problem, Sequence[int]], Plan]] = {
+    "exact": partial(exact, judge=simulated_seconds),
+    "algorithm2": algorithm2,
+}
 SHIPPED = resources.files("contextlora") / "gear" / "shipped"
 SIZES = (1, 2, 4, 8)
 

@@ -40,7 +40,7 @@ def group_of(problem: Problem, o: Options, slot: int, mask: int, tasks: tuple[st
             "cache": cached,
         }
     )
-    return _leaner(problem, _turned(problem, made), limit)
+    return _leaner(problem, made, limit)
 
 
 def _stages(o: Options, slot: int, mask: int, cut: int) -> list[tuple[int, int, int]]:
@@ -62,20 +62,11 @@ def _local(o: Options, slot: int, mask: int) -> list[tuple[int, int, int]]:
         stop = int(case.reach(s.stages, case.cached)[d, 0]) + 1
         after = pipelines.after(probe, mask, d, s.x)[1:stop]
         if np.isfinite(after).any():
-            seconds = local_seconds(o, case, d, after, probe.tau, o.medium(s.k, s.stages)[s.x])
+            seconds = local_seconds(o, case, d, after, probe.tau, o.medium(s.k, s.stages)[s.x], s.stages)
             found.append((float(seconds.min()), d, 1 + int(seconds.argmin())))
     _, d, stop = min(found)
     rest = mask ^ 1 << d
     return [(d, 0, stop), *pipelines.trace(probe, rest, pipelines.next_x(probe, mask, d, s.x, stop), stop, PLAIN)]
-
-
-def _turned(problem: Problem, g: Group) -> Group:
-    """A ring may begin anywhere, and on dedicated links it matters who receives what a prefix sends."""
-    if g.form != "data" or not g.prefix or problem.fleet.shared:
-        return g
-    ring = g.trainers
-    turns = [g.model_copy(update={"trainers": (*ring[i:], *ring[:i])}) for i in range(len(ring))]
-    return min(turns, key=lambda t: predict(problem, t).seconds)
 
 
 def _leaner(problem: Problem, g: Group, limit: float) -> Group:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from contextlora.gear.cost import HELD, LEARNING, QUEUE, Problem
+from contextlora.gear.cost import HELD, LEARNING, QUEUE, TINY, Problem
 from contextlora.gear.work import TaskLoad
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -175,11 +175,19 @@ class Case:
             self._reach[key] = self.bytes.reach(self.bytes.needed(self.tasks, self.k, *key))
         return self._reach[key]
 
-    def seconds(self, fill: Array, slowest: Array | float) -> Array:
-        """Sum over steps of fill + (M - 1) slowest."""
-        steps, micro = float(self.steps.sum()), float((self.steps * (self.micro - 1)).sum())
-        total: Array = steps * fill + micro * slowest
+    def seconds(self, fill: Array, rate: Array | float, stages: int) -> Array:
+        """Seconds of all steps of pipelines."""
+        each = [n * step(fill, rate, int(m), stages) for n, m in zip(self.steps, self.micro, strict=True)]
+        total: Array = np.sum(each, axis=0)
         return total
+
+
+def step(fill: Array, rate: Array | float, micro: int, stages: int) -> Array:
+    """Seconds of a step of pipelines, the T of `cost`; it grows with fill and with rate."""
+    total: Array = fill + (micro - 1) * rate
+    if micro > stages:
+        total += (micro - 1) // stages * np.maximum(0.0, fill - stages * rate)
+    return total
 
 
 def deal_all(count: int, seconds: Array) -> Array:
@@ -191,7 +199,7 @@ def deal_all(count: int, seconds: Array) -> Array:
     """
     if count == 0:
         return np.zeros(seconds.shape[:-1])
-    each = np.maximum(seconds, 1e-30).reshape(-1, seconds.shape[-1])
+    each = np.maximum(seconds, TINY).reshape(-1, seconds.shape[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
         least = count / (1 / each).sum(-1)
         absent = np.isinf(least)

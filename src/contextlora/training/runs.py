@@ -54,13 +54,18 @@ class RunFolder:
         except AdapterError:
             return False
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a training has left checkpoints here."""
+        return any(self.checkpoints.glob("[0-9]*-[0-9]*"))
+
     def refuse_a_second_run(self, config: RunConfig, tasks: Sequence[str] | None, *, resume: bool, force: bool) -> None:
         """Raises RunError E521 or E522 where training would throw away what is here."""
         if resume and self.finished(tasks or ()) and load(self.config).train != config.train:
             raise RunError("E521", "is finished, with other settings; use another `out`, or --force", where=self.path)
         if resume or force:
             return
-        if any(self.checkpoints.glob("[0-9]*-[0-9]*")):
+        if self.interrupted:
             text = "holds an interrupted run; go on with --resume, or throw it away with --force"
             raise RunError("E522", text, where=self.path)
         if self.has_adapter and tasks is None:
