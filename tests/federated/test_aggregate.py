@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_the_order_of_arrival_changes_no_bit(sent, data):
     for f in [*STRATEGIES.values(), partial(ours, by_samples=True), partial(ours, liars=1, clip=1.5)]:
         before = f(sent[-1], sent[:1], Held())
         assert content(f(sent[0], sent[1:], before)) == content(f(sent[0], shuffled, before))
+
+
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - {"local"}))
+def test_sums_that_depend_on_their_order_run_in_that_of_senders(name):
+    """In float64, 1e20 + 1 - 1e20 is 0 and 1e20 - 1e20 + 1 is 1."""
+    sent = [
+        Update(n, of_dense("a", {"l": np.full((1, 2), v)}), a={"l": np.full((1, 3), v, np.float32)})
+        for n, v in (("x", 1e20), ("y", 1.0), ("z", -1e20))
+    ]
+    held = {str(content(STRATEGIES[name](p[0], p[1:], Held()))) for p in permutations(sent)}
+    assert len(held) == 1
 
 
 @given(updates(with_a=True, least=2), st.sampled_from(sorted(set(STRATEGIES) - {"local"})))

@@ -53,7 +53,7 @@ def test_collisions_are_counted_as_loops_count_them(seed, n):
 def test_beyond_s_max_it_is_refused_with_the_collision_that_was_counted():
     one = of_dense("a", {"l.0": np.ones((1, 4)), "l.1": np.array([[1, 0, 0, 0]])})
     other = of_dense("b", {"l.0": np.array([[2, 2, 2, 0]]), "l.1": np.array([[0, 1, 0, 0]])})
-    with pytest.raises(PeerError, match=r"E621 l.0: the masks collide in 0.7500 of the entries, more than 0.5"):
+    with pytest.raises(PeerError, match=r"E615 l.0: the masks collide in 0.7500 of the entries, more than 0.5"):
         pack([one, other], 0.5)
     packed = pack([one, other], 0.75)
     assert packed.collision == 0.75
@@ -64,7 +64,7 @@ def test_beyond_s_max_it_is_refused_with_the_collision_that_was_counted():
 
 def test_what_does_not_belong_together_is_refused():
     rng = np.random.default_rng(0)
-    with pytest.raises(PeerError, match="E622"):
+    with pytest.raises(PeerError, match="E616"):
         pack([sparse("a", rng), sparse("a", rng)], 1)
     with pytest.raises(PeerError, match=r"E612 l\.0"):
         pack([sparse("a", rng), of_dense("b", {"l.0": np.ones((3, 5))})], 1)

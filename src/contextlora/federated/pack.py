@@ -48,18 +48,18 @@ def pack(slices: Sequence[Slice], s_max: float = 0.0) -> Packed:
         s_max: the collision up to which losing is accepted, S_max.
 
     Raises:
-        PeerError: E621 if a layer's collision exceeds `s_max`, saying which and by how much; E622 if a task comes
+        PeerError: E615 if a layer's collision exceeds `s_max`, saying which and by how much; E616 if a task comes
             twice; E612 if ranks differ.
     """
     if len({s.task for s in slices}) < len(slices):
         raise PeerError(
-            "E622", f"a task comes twice among {', '.join(s.task for s in slices)}; average its slices first"
+            "E616", f"a task comes twice among {', '.join(s.task for s in slices)}; average its slices first"
         )
     layers = layers_of(slices)
     measured = {layer: collision([s.masks[layer] for s in slices if layer in s.masks]) for layer in layers}
     for layer, s in measured.items():
         if s > s_max:
-            raise PeerError("E621", f"the masks collide in {s:.4f} of the entries, more than {s_max:g}", where=layer)
+            raise PeerError("E615", f"the masks collide in {s:.4f} of the entries, more than {s_max:g}", where=layer)
     merged = mean(sorted(slices, key=lambda s: s.task), [1] * len(slices))
     bitmaps = {s.task: {layer: mask.bitmap() for layer, mask in s.masks.items()} for s in slices}
     return Packed({layer: merged.dense(layer) for layer in layers}, bitmaps, max(measured.values(), default=0.0))
