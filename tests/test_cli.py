@@ -23,7 +23,21 @@ from contextlora.data.collate import Encoder
 from contextlora.lora.adapter import Adapter
 from tiny_llava import save_tiny_llava
 
-COMMANDS = ["init", "check", "train", "eval", "ask", "export", "plug", "drop", "plan", "launch", "report", "demo"]
+COMMANDS = [
+    "init",
+    "check",
+    "train",
+    "eval",
+    "ask",
+    "export",
+    "plug",
+    "drop",
+    "plan",
+    "launch",
+    "report",
+    "demo",
+    "federate",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +120,8 @@ def project(trained_once: Path, tmp_path: Path) -> Path:
 
 
 def test_the_commands_are_these():
-    assert [c.name or c.callback.__name__ for c in app.registered_commands] == COMMANDS  # type: ignore[union-attr]
+    alone = [c.name or c.callback.__name__ for c in app.registered_commands]  # type: ignore[union-attr]
+    assert [*alone, *(g.name for g in app.registered_groups)] == COMMANDS
 
 
 def test_help_names_every_command_and_nothing_alone_is_help():

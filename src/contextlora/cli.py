@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from contextlora.cli_federate import federate
 from contextlora.errors import ConfigError, ContextLoRAError
 
 if TYPE_CHECKING:
@@ -598,4 +599,5 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+app.add_typer(federate, name="federate")
 main: Callable[[], Any] = app

@@ -18,7 +18,7 @@ class _ConfigOrCommand(TyperGroup):
 
 
 federate = typer.Typer(
-    cls=_ConfigOrCommand, rich_markup_mode=None, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND"
+    cls=_ConfigOrCommand, rich_markup_mode=None, no_args_is_help=True, subcommand_metavar="CONFIG | COMMAND ..."
 )
 
 
@@ -35,16 +35,30 @@ def simulate(
     config: Annotated[Path, typer.Argument(help="The federation's YAML.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. rounds=4. Repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round that all have kept.")] = False,
-    split: Annotated[str | None, typer.Option("--eval", help="Then ask every device about this split.")] = None,
+    split: Annotated[str | None, typer.Option("--eval", help="At the end ask one device about this split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task that --eval asks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")] = False,
 ) -> None:
-    """Simulate a federation: the same rounds, messages and clusters as real devices, over a modelled channel."""
+    """Simulate a federation: the rounds, messages and clusters of real devices over a modelled channel."""
     from contextlora.federated.federation import load_federation
-    from contextlora.federated.simulate import run_simulation
+    from contextlora.federated.measure import measure
+    from contextlora.federated.simulate import simulate as run_rounds
 
-    made = run_simulation(load_federation(config, tuple(overrides or ())), resume=resume, split=split, silent=as_json)
+    settings = load_federation(config, tuple(overrides or ()))
+    peers = run_rounds(settings, resume=resume, silent=as_json)
+    found: dict[str, Any] = {"out": settings.out, "devices": sorted(peers)}
+    if split is not None:
+        asked = peers[min(peers)]
+        measured = measure(asked, split, limit=limit)
+        found["measured"] = {"device": asked.name, "split": split, **measured.data()}
+        path = Path(settings.out) / "evaluation.json"
+        path.write_text(json.dumps(found["measured"], indent=1))
     if as_json:
-        typer.echo(json.dumps(made.data()))
+        typer.echo(json.dumps(found))
         return
-    for line in made.lines():
-        typer.echo(line)
+    typer.echo(f"{len(peers)} devices, {settings.rounds} rounds; adapters in {settings.out}/adapters")
+    if split is not None:
+        for task, score in measured.accuracy.items():
+            typer.echo(f"{task:24} {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}) of {score.count}")
+        routed, right = measured.routes[:-1].sum(), measured.routes.trace() - measured.routes[-1, -1]
+        typer.echo(f"asked {asked.name} by {measured.choice}; the gate sent {right} of {routed} prompts to their task")

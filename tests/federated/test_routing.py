@@ -17,7 +17,6 @@ from contextlora.federated.routing import RoutedLinear, pooled_prompts, routed, 
 from contextlora.federated.slices import Mask, Slice
 from contextlora.federated.taskgate import TaskGate, TaskMean
 from contextlora.lora.attach import adapted_layers, attach, attached_state, decoder_layers, gated_layers, going_on
-from contextlora.lora.sharing import own_alone
 
 GRAPH = tiny.graph()
 RANKS = {"weather": 4, "light": 3, "action": 4}
@@ -248,7 +247,7 @@ def test_padding_does_not_turn_a_route(model, gate):
 
 
 @torch.no_grad()
-def test_the_oracle_is_the_gated_layer_with_each_tasks_own_block(model):
+def test_the_oracle_is_the_gated_layer_along_the_graph(model):
     held = held_on(model, ["weather", "light", "action"], "oracle")
     ids, tasks = prompts("foreign", 3), ["light", "action", "weather"]
     with routed(model, GRAPH, held, project):
@@ -257,7 +256,6 @@ def test_the_oracle_is_the_gated_layer_with_each_tasks_own_block(model):
             got = model(ids).logits
     assert torch.equal(model(ids).logits, base)
     blocks = attach(tiny.llama()[0], GRAPH)
-    attached_state(blocks).sharing = own_alone(GRAPH)
     for path, layer in gated_layers(blocks).items():
         for t in GRAPH.names:
             a, b = layer.block(t)

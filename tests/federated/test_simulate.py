@@ -13,6 +13,7 @@ from contextlora.data.collate import Encoder
 from contextlora.errors import ConfigError, RunError
 from contextlora.federated.federation import Federation
 from contextlora.federated.layer import layers
+from contextlora.federated.measure import measure
 from contextlora.federated.peer import Peer
 from contextlora.federated.simulate import simulate
 from contextlora.lora.attach import attach
@@ -179,3 +180,26 @@ def test_a_stopped_run_goes_on_from_the_last_round_all_have_kept(words, tmp_path
 def test_an_unknown_task_is_named(words, tmp_path):
     with pytest.raises(ConfigError, match=r"E104 devices\.a: no task 'wether'\. Did you mean 'weather'"):
         run(words, tmp_path / "run", devices={"a": "wether"})
+
+
+def test_what_a_device_holds_answers_for_every_task(words, tmp_path):
+    """After enough rounds device a answers all tasks, of which it trained one; the oracle's choice is the best."""
+    peers = run(words, tmp_path / "run", rounds=20, updates=4, slices={"share": 0.5, "calibration": 6})
+    found = {choice: measure(peers["a"], "train", choice) for choice in ("oracle", "gate", "base")}
+    assert set(found["oracle"].accuracy) == set(DEVICES.values())
+    right = {choice: sum(a.mean for a in m.accuracy.values()) / 3 for choice, m in found.items()}
+    assert right["oracle"] > 0.7
+    assert right["oracle"] >= right["gate"] > right["base"]
+    assert found["oracle"].accuracy["action"].mean > found["base"].accuracy["action"].mean, "with its prerequisites"
+    routes = found["gate"].routes
+    assert routes.sum() == sum(a.count for a in found["gate"].accuracy.values())
+    assert json.loads(json.dumps(found["gate"].data()))["routes"] == routes.tolist()
+
+
+def test_all_devices_answer_alike_once_they_have_met(words, tmp_path):
+    peers = run(
+        words, tmp_path / "run", rounds=2, wire={"full": "bf16", "delta": None}, devices={"a": "weather", "b": "light"}
+    )
+    one, other = (measure(peers[n], "test").data() for n in "ab")
+    assert one["tasks"] == other["tasks"] == ("weather", "light")
+    assert one["routes"] == other["routes"]

@@ -41,6 +41,21 @@ class WireConfig(Strict):
     delta: Literal["bf16", "int8", "int4"] | None = "int4"
 
 
+class GateConfig(Strict):
+    """How an input of an unknown task finds its adapter (eq. 26 to 29).
+
+    Attributes:
+        scaled, sharpness, floor, reach: as in `taskgate.TaskGate`.
+        ranks: k, how many ranks answer for a token; None takes as many as one adapter has.
+    """
+
+    scaled: bool = True
+    sharpness: Annotated[float, Field(ge=0)] = 8.0
+    floor: Annotated[float, Field(ge=0)] = 0.5
+    reach: Annotated[float, Field(gt=0)] = 1.5
+    ranks: Annotated[int, Field(ge=1)] | None = None
+
+
 class Fault(Strict):
     """Something that goes wrong in a simulation.
 
@@ -96,6 +111,7 @@ class Federation(Strict):
     train: TrainConfig = TrainConfig()
     slices: SliceConfig = SliceConfig()
     wire: WireConfig = WireConfig()
+    gate: GateConfig = GateConfig()
     aggregate: Literal["ours", "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local"] = "ours"
     radio: Radio = Radio()
     limits: Limits = Limits()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from contextlora.federated.federation import Federation
 from contextlora.federated.local import Local
 from contextlora.federated.peer import Peer
 from contextlora.federated.slices import Mask, Slice
+from contextlora.federated.taskgate import TaskMean
 from contextlora.training import checkpoint
 
-LOCAL, HELD, SEEN = "local|", "held|", "seen|"
+LOCAL, HELD, SEEN, MEANS = "local|", "held|", "seen|", "means|"
 
 
 def run_of(settings: Federation) -> str:
@@ -33,6 +35,8 @@ def save_peer(peer: Peer, folder: Path) -> None:
         tensors |= {f"{HELD}{cluster}|{task}|{name}": t for name, t in _tensors(slice_)}
     for (name, task, what), (version, round_) in peer.inbox.seen.items():
         tensors[f"{SEEN}{name}|{task}|{what}"] = torch.tensor([version, round_])
+    for name, mean in peer.means.items():
+        tensors[f"{MEANS}{name}"] = torch.from_numpy(np.concatenate([[mean.count], mean.mean, mean.squares]))
     at = checkpoint.Checkpoint(peer.round, 0, run_of(peer.settings), {k: t.contiguous() for k, t in tensors.items()})
     checkpoint.save(folder, at)
 
@@ -52,6 +56,9 @@ def load_peer(peer: Peer, folder: Path) -> bool:
     for key, t in _below(found.tensors, SEEN).items():
         name, task, what = key.split("|")
         peer.inbox.seen[name, task, what] = (int(t[0]), int(t[1]))
+    for name, t in _below(found.tensors, MEANS).items():
+        mean, squares = np.split(t.numpy()[1:], 2)
+        peer.means[name] = TaskMean(int(t[0]), mean, squares)
     return True
 
 

@@ -23,11 +23,13 @@ from contextlora.federated.codec import Codec
 from contextlora.federated.federation import Federation
 from contextlora.federated.layer import load_slice, sparse_layers
 from contextlora.federated.local import Local, first_batches, local_run
-from contextlora.federated.mailbox import Inbox, Message, Outbox, send_row
+from contextlora.federated.mailbox import Inbox, Message, Outbox, Row, send_row
 from contextlora.federated.protocol import Bundles, Slot, unbundle
+from contextlora.federated.routing import pooled_prompts
 from contextlora.federated.slices import Layer, Mask, Slice
 from contextlora.federated.sparsity import first_slice
-from contextlora.federated.table import Standing
+from contextlora.federated.table import Standing, mean_row, read_mean
+from contextlora.federated.taskgate import TaskMean
 from contextlora.federated.wire import OVERHEAD, Kind, read_header
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.prefix import FrozenPrefix
@@ -66,6 +68,7 @@ class Peer:
         round: the next one, or the one it is in.
         local: its own slice and optimizer.
         held: the adapters it has, its own among them.
+        means: what the prompts of each device look like, by device.
         clustering: of this round.
         losses: of its last local updates.
         refused: messages that were not let in, by error code, and bundles that could not be read.
@@ -98,6 +101,7 @@ class Peer:
         self.table: dict[str, Standing] = {}
         self.fresh: dict[str, Update] = {}
         self.damaged: Counter[str] = Counter()
+        self.means: dict[str, TaskMean] = {}
         self.bits = 0
         self.local: Local
         self.clustering: Clustering
@@ -112,6 +116,9 @@ class Peer:
         total = max(1, round(s.slices.share * found.entries))
         how = {"allocation": s.slices.allocation, "temperature": s.slices.temperature, "floor": s.slices.floor}
         self.start(Local.first(first_slice(found, total, **how)))  # type: ignore[arg-type]
+        pooled = [pooled_prompts(self.reader.model, self.reader.inputs(b), prompt=b.prompt) for b in batches]
+        mean = TaskMean.of(np.concatenate(pooled))
+        self.means[self.name] = read_mean(mean_row(mean), len(mean.mean), self.name)  # as the others have it
 
     def start(self, local: Local) -> None:
         """Goes on from a slice."""
@@ -144,14 +151,17 @@ class Peer:
 
     # --- rows: who is there, and who talks to whom -----------------------------------------------------------------
 
-    def row(self) -> bytes:
-        """Its row of the table, as a signed message."""
+    def rows(self) -> list[bytes]:
+        """Its rows of the table, as signed messages; what its prompts look like once in a while only."""
         active = tuple(len(self.local.learns[layer].indices) for layer in self.layers)
         have = {name: heard.version for name, heard in self.heard.items()}
         mine = Standing(self.task, active, self.bits, len(self.examples), have)
         self.table = {self.name: mine}
-        what = {"version": self.round + 1, "round": self.round}
-        return send_row(self.key, self.settings.name, self.task, mine.row(), **what)
+        rows = [mine.row()]
+        if self.round == 0 or self.exchanges:
+            rows.append(mean_row(self.means[self.name]))
+        where, first = (self.key, self.settings.name, self.task), 2 * self.round + 1
+        return [send_row(*where, row, version=first + i, round=self.round) for i, row in enumerate(rows)]
 
     def meet(self, arrived: Bundles) -> None:
         """Takes the rows of those that are there; goes on to their round if it was away; finds the clusters."""
@@ -161,15 +171,28 @@ class Peer:
             if message.header.kind is not Kind.ROW or self.settings.devices[message.name].task != task:
                 continue
             try:
-                row = Standing.read(task, message.content, self.sizes[task], message.name)  # type: ignore[arg-type]
+                self._note(message.name, task, message.content)  # type: ignore[arg-type]
             except PeerError as e:
                 self.damaged[e.code] += 1
                 continue
-            self.table[message.name] = row
             latest = max(latest, message.header.round)
         self.round = min(latest, self.settings.rounds - 1)
         members = (row.member(name, self.sizes[row.task]) for name, row in self.table.items())
         self.clustering = cluster(members, self.channel, self.settings.limits, self.round)
+
+    def _note(self, name: str, task: str, row: Row) -> None:
+        if "mean" in row:
+            self.means[name] = read_mean(row, len(self.means[self.name].mean), name)
+        else:
+            self.table[name] = Standing.read(task, row, self.sizes[task], name)
+
+    def gate_means(self) -> dict[str, TaskMean]:
+        """What the prompts of each task look like, over all its devices that it has heard of."""
+        found: dict[str, TaskMean] = {}
+        for name in sorted(self.means):
+            task = self.settings.devices[name].task
+            found[task] = found[task].merged(self.means[name]) if task in found else self.means[name]
+        return found
 
     @property
     def exchanges(self) -> bool:

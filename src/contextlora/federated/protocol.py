@@ -89,7 +89,7 @@ def rounds(peer: Peer) -> Rounds:
     """All rounds of one device, from the one it is in. A device that was away goes on in the round of the others."""
     while peer.round < peer.settings.rounds:
         t, everyone = peer.round, peer.others
-        rows = yield Exchange(t, "rows", ((everyone, bundle(t, "rows", [peer.row()])),), frozenset(everyone))
+        rows = yield Exchange(t, "rows", ((everyone, bundle(t, "rows", peer.rows())),), frozenset(everyone))
         peer.meet(rows)
         peer.train()
         for slot in SLOTS[1:] if peer.exchanges else SLOTS[1:2]:

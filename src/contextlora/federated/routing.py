@@ -52,7 +52,8 @@ def routed(
         graph: the tasks that may be asked, with their scales alpha / r; other blocks have the scale 2.
         project: gives the A that is derived from the shared seed.
         gate: of every task that is held; needed where `held.choice` is "gate".
-        k: ranks that answer for a token; None takes as many as the largest adapter of the layer has.
+        k: ranks that answer for a token; None takes as many as the largest adapter of the layer has, with those of its
+            prerequisites.
         depth: the decoder layer whose input the gate reads; see `pooled_prompts`.
 
     Raises:
@@ -62,7 +63,7 @@ def routed(
     missing = [t for t in tasks if gate is None or t not in gate.tasks] if held.choice == "gate" else []
     if missing:
         raise PeerError("E618", f"no mean of the prompts of '{missing[0]}': a gate cannot find its adapter")
-    router = Router(tasks, held.choice, gate, _tap(model, depth))
+    router = Router(tasks, held.choice, gate, _tap(model, depth), _together(graph, tasks))
 
     def make(found: Mapping[str, nn.Module], state: GateState) -> dict[str, RoutedLinear]:
         layers = dict.fromkeys(layer for s in held.slices.values() for layer in s.masks)
@@ -81,6 +82,12 @@ def routed(
         detach(model)
 
 
+def _together(graph: TaskGraph, tasks: Sequence[str]) -> Tensor:
+    """Which adapters a task needs, (adapters, adapters): its own and its prerequisites', as it was trained."""
+    needs = [graph.active(t) if t in graph.names else (t,) for t in tasks]
+    return torch.tensor([[float(other in own) for other in tasks] for own in needs])
+
+
 def _blocks(graph: TaskGraph, held: Held, project: Project, layer: Layer) -> list[tuple[int, Tensor, Tensor]]:
     """The adapters that a layer has: their places among all that are held, A and s B."""
     blocks = []
@@ -97,13 +104,14 @@ class Router:
 
     Attributes:
         gates: (prompts, adapters), in the order of `Held.slices`; None before any prompt and for other choices.
+        together: which adapters are on with each, (adapters, adapters): a task's prerequisites with its own.
         state: the model's gate state, of which "oracle" reads the tasks and all read which prompts a pass goes on from.
     """
 
     state: GateState
 
-    def __init__(self, tasks: Sequence[str], choice: str, gate: TaskGate | None, tap: nn.Module):
-        self.tasks, self.choice, self.gate, self.tap = tuple(tasks), choice, gate, tap
+    def __init__(self, tasks: Sequence[str], choice: str, gate: TaskGate | None, tap: nn.Module, together: Tensor):
+        self.tasks, self.choice, self.gate, self.tap, self.together = tuple(tasks), choice, gate, tap, together
         self.gates: Tensor | None = None
 
     def look(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,7 +125,11 @@ class Router:
         mask = kwargs.get("attention_mask") if now is None or now.prompt is None else now.prompt
         pooled = _mean_over(mask, _entering(self.tap, lambda: decoder.forward(*args, **alone)))
         columns = [self.gate.tasks.index(t) for t in self.tasks]
-        self.gates = torch.from_numpy(self.gate.gates(pooled)[:, columns])
+        self.gates = self._spread(torch.from_numpy(self.gate.gates(pooled)[:, columns]))
+
+    def _spread(self, gates: Tensor) -> Tensor:
+        """Gates (prompts, adapters), those of prerequisites at least as high as those of the tasks that need them."""
+        return (gates[:, :, None] * self.together.to(gates)).amax(1)
 
     def gates_for(self, x: Tensor) -> Tensor | None:
         """(samples, adapters) for activations x (samples, tokens, d_in); None means the base model.
@@ -128,7 +140,7 @@ class Router:
         if self.choice == "sum":
             gates = torch.ones(1, len(self.tasks))
         elif self.choice == "oracle" and now is not None:
-            gates = torch.tensor([[float(t == own) for t in self.tasks] for own in now.tasks])
+            gates = self._spread(torch.tensor([[float(t == own) for t in self.tasks] for own in now.tasks]))
         if gates is None:
             return None
         if self.choice == "gate" and now is not None and now.rows is not None:
@@ -168,7 +180,9 @@ class RoutedLinear(AdaptedLinear):
         self.register_buffer("B", torch.cat([b for _, _, b in blocks]).to(weight.device, kind))
         places = [torch.full((len(a),), place) for place, a, _ in blocks]
         self.register_buffer("adapter", torch.cat(places).to(weight.device))
-        largest = max(len(a) for _, a, _ in blocks)
+        ranks = torch.zeros(len(router.tasks))
+        ranks[[place for place, _, _ in blocks]] = torch.tensor([float(len(a)) for _, a, _ in blocks])
+        largest = int((router.together @ ranks).max())
         self.k = len(self.A) if router.choice == "sum" else k or largest
         self._router = router
 

@@ -1,13 +1,19 @@
-"""A row of the table that all devices of a federation share: what a device trains, and what it has of the others."""
+"""Rows of the table that all devices of a federation share: where a device stands, and what its prompts look like."""
 
 from __future__ import annotations
 
+import binascii
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from contextlora.errors import PeerError
 from contextlora.federated.cluster import Member
+from contextlora.federated.codec import Codec, decode, encode
 from contextlora.federated.mailbox import Row
+from contextlora.federated.taskgate import TaskMean
 
 _DIGITS = 8  # a count as hexadecimal: a row has few fields and little room
 
@@ -57,3 +63,21 @@ class Standing:
     def member(self, name: str, sizes: Sequence[int]) -> Member:
         """As clustering takes it."""
         return Member(name, tuple(n / size for n, size in zip(self.active, sizes, strict=True)), self.bits)
+
+
+def mean_row(mean: TaskMean) -> Row:
+    """What a device's prompts look like to the base model, as it travels: two vectors in bf16."""
+    both = np.concatenate([mean.mean, mean.squares]).astype(np.float32)
+    return {"prompts": mean.count, "mean": b64encode(encode(both, [len(both)], Codec.BF16)).decode()}
+
+
+def read_mean(row: Row, width: int, where: str) -> TaskMean:
+    """Takes back what `mean_row` gave, up to bf16. Raises PeerError E603 for anything else than vectors of `width`."""
+    try:
+        count, data = row["prompts"], b64decode(str(row["mean"]), validate=True)
+        both = decode(data, [2 * width], Codec.BF16).astype(np.float64)
+        if isinstance(count, int) and 0 < count < 1 << 53 and (both[width:] >= 0).all():
+            return TaskMean(count, both[:width], both[width:])
+    except (KeyError, binascii.Error, PeerError):
+        pass
+    raise PeerError("E603", "not a task's mean as this federation's devices send it", where=where)

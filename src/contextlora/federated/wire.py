@@ -51,7 +51,7 @@ class Limits:
 
     positions: int = 1 << 28
     payload: int = 64 << 20
-    row: int = 4096
+    row: int = 16384
     fields: int = 64
 
 

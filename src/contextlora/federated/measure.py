@@ -1,0 +1,110 @@
+"""What a device answers with all that it holds, and whether inputs find their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from contextlora.data.collate import collate
+from contextlora.data.records import Example, load_examples
+from contextlora.errors import DataError
+from contextlora.evaluation.evaluate import answer, same_length
+from contextlora.evaluation.metrics import Accuracy, score
+from contextlora.federated.layer import sparse_layers
+from contextlora.federated.peer import Peer
+from contextlora.federated.routing import pooled_prompts, routed
+from contextlora.federated.taskgate import TaskGate, confusion
+from contextlora.lora.attach import detached
+
+Choice = Literal["gate", "oracle", "sum", "base"]
+PROMPTS = 16  # in one pass that only looks at them
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy by task, and where prompts went.
+
+    Attributes:
+        choice: how an input found its adapter: by the gate, by its true task ("oracle"), all of them at once, or none.
+        accuracy: by task.
+        tasks, routes: the confusion matrix of the gate, rows true tasks, columns where prompts went, the last of both
+            stands for none; (tasks + 1, tasks + 1).
+    """
+
+    choice: Choice
+    accuracy: dict[str, Accuracy]
+    tasks: tuple[str, ...]
+    routes: NDArray[np.int64]
+
+    def data(self) -> dict[str, Any]:
+        """For a JSON file."""
+        scores = {t: {"mean": a.mean, "low": a.low, "high": a.high, "count": a.count} for t, a in self.accuracy.items()}
+        return {"choice": self.choice, "accuracy": scores, "tasks": self.tasks, "routes": self.routes.tolist()}
+
+
+def measure(peer: Peer, split: str, choice: Choice | None = None, limit: int | None = None) -> Measured:
+    """Asks a device about a split of the federation's data.
+
+    Args:
+        peer: whose adapters answer.
+        split: "valid" or "test".
+        choice: None takes the one of its aggregation.
+        limit: examples of each task, the first ones.
+
+    Raises:
+        DataError: E230 when the split has no example of its tasks.
+    """
+    graph, choice = peer.reader.encoder.graph, choice or peer.held.choice
+    examples = load_examples(peer.settings.data, graph, split=split)
+    asked = {t: [e for e in examples if t in e.answers][:limit] for t in peer.gate_means()}
+    if not any(asked.values()):
+        raise DataError("E230", f"no record of split '{split}'", where=peer.settings.data)
+    routes = where_prompts_go(peer, asked)
+    with _answering(peer, choice):
+        found = {t: answer(peer.reader, mine, t) for t, mine in asked.items() if mine}
+    right = {t: Accuracy.of([score(found[t][e.id], e.answers[t]) for e in asked[t]]) for t in found}
+    return Measured(choice, right, tuple(asked), routes)
+
+
+@contextmanager
+def _answering(peer: Peer, choice: Choice) -> Iterator[None]:
+    model, graph = peer.reader.model, peer.reader.encoder.graph
+    projections = {path: layer.A for path, layer in sparse_layers(model).items()}
+
+    def project(task: str, layer: str) -> NDArray[np.float32]:
+        rows = graph.block(task)
+        return np.asarray(projections[layer][rows.start : rows.stop].float().cpu())
+
+    with detached(model):
+        if choice == "base":
+            yield
+            return
+        gate = gate_of(peer) if choice == "gate" else None
+        held = replace(peer.held, choice=choice)
+        with routed(model, graph, held, project, gate=gate, k=peer.settings.gate.ranks):
+            yield
+
+
+def gate_of(peer: Peer) -> TaskGate:
+    """The gate over all tasks that a device has heard of."""
+    g = peer.settings.gate
+    return TaskGate(peer.gate_means(), scaled=g.scaled, sharpness=g.sharpness, floor=g.floor, reach=g.reach)
+
+
+def where_prompts_go(peer: Peer, asked: dict[str, list[Example]]) -> NDArray[np.int64]:
+    """The confusion matrix of a device's gate over examples by task."""
+    gate, reader = gate_of(peer), peer.reader
+    true, found = list[str](), list[str | None]()
+    with detached(reader.model):
+        for task, mine in asked.items():
+            samples = [reader.encoder.sample(e, task) for e in mine]
+            for part in same_length(samples, PROMPTS):
+                batch = collate([samples[i] for i in part], reader.encoder.pad)
+                found += gate.routes(pooled_prompts(reader.model, reader.inputs(batch), prompt=batch.prompt))
+                true += [task] * len(part)
+    return confusion(gate.tasks, true, found)
