@@ -86,7 +86,9 @@ class Peer:
         prefix: FrozenPrefix | None = None,
     ):
         self.name, self.settings, self.reader, self.examples = name, settings, reader, examples
-        self.key, self.channel, self.prefix = key, channel, prefix
+        self.key, self.channel = key, channel
+        asked = settings.total_updates * settings.train.batch_size * settings.train.accumulate
+        self.prefix = prefix if asked > len(examples) else None  # it pays from the second look at a sample on
         self.task = settings.devices[name].task
         self.others = tuple(n for n in sorted(settings.devices) if n != name)
         self.layers = {path: layer.out_features for path, layer in sparse_layers(reader.model).items()}
