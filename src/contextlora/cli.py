@@ -467,9 +467,10 @@ def report(
 
     folder = Path(what)
     if folder.is_dir() and ((folder / "config.yaml").is_file() or what not in recipes()):
+        from contextlora.reports.federation import is_federation, write_federation_report
         from contextlora.reports.page import write_report
 
-        path = write_report(what, out)
+        path = (write_federation_report if is_federation(folder) else write_report)(what, out)
         _out(as_json, {"report": str(path)}, f"wrote {path}")
         return
     from contextlora.reports.grids import as_json as grid_data

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from contextlora.config import TrainConfig, override
@@ -163,3 +164,14 @@ def load_federation(path: str | Path, overrides: tuple[str, ...] = ()) -> Federa
         n: d.model_copy(update={"data": str(home / d.data)}) if d.data else d for n, d in found.devices.items()
     }
     return found.model_copy(update=moved)
+
+
+def save_federation(settings: Federation, path: Path) -> None:
+    """Writes a federation's YAML into its own folder, `settings.out`, for whoever looks at the run later."""
+    data: Any = settings.model_dump(mode="json") | {"out": "."}
+    for at, key in [(data, "data"), (data, "graph"), (data, "trace"), *((d, "data") for d in data["devices"].values())]:
+        if at[key] is not None:
+            at[key] = str(Path(at[key]).resolve())
+    if Path(settings.model).is_dir():
+        data["model"] = str(Path(settings.model).resolve())
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -15,9 +15,10 @@ from contextlora.data.records import Example, load_examples
 from contextlora.errors import ConfigError, did_you_mean
 from contextlora.federated.channel import Channel, RadioChannel
 from contextlora.federated.fabric.local import Hub, Traffic
-from contextlora.federated.federation import Federation
+from contextlora.federated.federation import Federation, save_federation
 from contextlora.federated.keep import load_peer, save_peer
 from contextlora.federated.layer import export, layers, load_slice
+from contextlora.federated.live import live
 from contextlora.federated.peer import Peer
 from contextlora.federated.protocol import Rounds, rounds
 from contextlora.federated.trace import MeasuredChannel
@@ -47,7 +48,7 @@ def simulate(
     Args:
         settings: what all devices agree on, and the faults.
         resume: go on after the last round that every device has kept.
-        silent: no progress bar.
+        silent: no table of rounds on the terminal.
         reader: of a model with sparse layers of these tasks, instead of one that is opened here.
 
     Returns:
@@ -67,28 +68,33 @@ def simulate(
     known = {public_key(key): name for name, key in keys.items()}
     prefix, data = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30)), shares(settings)
     peers: dict[str, Peer] = {}
+    told: dict[str, Counter[str]] = {}
 
     def start(name: str) -> Rounds:
         """A device that begins, or that comes back with what it has kept."""
         peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, channel, prefix)
+        told[name] = Counter()
         if not load_peer(peer, _kept(out, name)):
             peer.calibrate()
         return rounds(peer)
 
     if not resume:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
         for name in settings.devices:
             checkpoint.clear(_kept(out, name))
-    with Tracker(out, quiet=silent) as watch:
-        watch.stage("rounds", settings.rounds)
+    first = _first_round(settings, resume)
+    with Tracker(out, quiet=True) as watch, live(settings.rounds, done=first, quiet=silent) as show:
 
         def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
             for name in sorted(there):
                 save_peer(peers[name], _kept(out, name))
-            numbers = standing(peers, there, traffic, channel)
+            if round_ == first:  # not before: a resumed run may turn out to be another one
+                save_federation(settings, out / "federation.yaml")
+            numbers = standing(peers, there, traffic, channel, told)
+            told.update({name: peers[name].refused for name in there})
             watch.log(round_, numbers)
-            watch.advance(round_ + 1, _note(numbers))
+            show(round_, numbers)
 
-        first = _first_round(settings, resume)
         Hub(settings, channel).run(start, first, after)
     for name in settings.devices.keys() - peers.keys():  # with nothing left to do
         start(name)
@@ -131,8 +137,17 @@ def shares(settings: Federation) -> dict[str, list[Example]]:
     return found
 
 
-def standing(peers: Mapping[str, Peer], there: frozenset[str], traffic: Traffic, channel: Channel) -> dict[str, Any]:
-    """A round in numbers, a line of metrics.jsonl. Clusters are those that its first device has found."""
+def standing(
+    peers: Mapping[str, Peer],
+    there: frozenset[str],
+    traffic: Traffic,
+    channel: Channel,
+    told: Mapping[str, Counter[str]],
+) -> dict[str, Any]:
+    """A round in numbers, a line of metrics.jsonl. Clusters are those that its first device has found.
+
+    `told` is what each device had refused before this round.
+    """
     alive = [peers[n] for n in sorted(there)]
     losses = {p.name: sum(p.losses) / len(p.losses) for p in alive if p.losses}
     one, numbers = alive[0].clustering, asdict(traffic) | {"bytes": dict(traffic.bytes)}
@@ -144,15 +159,8 @@ def standing(peers: Mapping[str, Peer], there: frozenset[str], traffic: Traffic,
         "losses": losses,
         "clusters": [list(g) for g in one.groups],
         "collisions": list(one.collisions),
-        "refused": dict(sum((p.refused for p in alive), start=Counter[str]())),
+        "refused": dict(sum((p.refused - told[p.name] for p in alive), start=Counter[str]())),
     }
-
-
-def _note(numbers: Mapping[str, Any]) -> str:
-    sent = sum(numbers["bytes"].values()) / 1e6
-    there = f"{len(numbers['losses'])} devices in {len(numbers['clusters'])} clusters"
-    heard = f"{numbers['reached']}/{numbers['asked']} heard"
-    return f"loss {numbers['loss']:.3f}, {there}, {sent:.2f} MB, {numbers['energy']:.2g} J, {heard}"
 
 
 def simulated_key(settings: Federation, name: str) -> Ed25519PrivateKey:

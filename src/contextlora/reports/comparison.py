@@ -5,12 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from contextlora.reports.grids import plain_table
+from contextlora.reports.grids import Section, plain_table, whole_page
 from contextlora.reports.store import write_whole
 from contextlora.reports.tables import Findings, results_csv
 from contextlora.reports.views import sections
@@ -43,18 +41,14 @@ def write_comparison(findings: Findings, folder: Path, command: Sequence[str]) -
 def page(findings: Findings, command: Sequence[str]) -> str:
     """The page's text."""
     recipe = findings.recipe
-    template = Template(resources.files(__package__).joinpath("comparison.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(recipe.title),
-        subtitle=escape(f"{recipe.paper}. Preset {recipe.preset}, {recipe.model}, {recipe.seeds} seeds."),
-        state=_state(findings),
-        sections="".join(s.html() for s in sections(findings)),
-        published=_published(findings),
-        published_note=escape(recipe.published.note),
-        costs=_costs(findings),
-        costs_note=escape(findings.kind.costs + COSTS_NOTE),
-        facts=_facts(findings, command),
-    )
+    shown = [
+        *sections(findings),
+        Section("What the paper says", below=_published(findings), note=recipe.published.note),
+        Section("What it cost", below=_costs(findings), note=findings.kind.costs + COSTS_NOTE),
+        Section("What was run", below=_facts(findings, command)),
+    ]
+    subtitle = f"{recipe.paper}. Preset {recipe.preset}, {recipe.model}, {recipe.seeds} seeds."
+    return whole_page(recipe.title, subtitle, shown, _state(findings))
 
 
 def _state(findings: Findings) -> str:

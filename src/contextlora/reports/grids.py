@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib import resources
+from string import Template
 from typing import Any
 
 from contextlora.reports.kinds import Style
@@ -145,7 +147,14 @@ def _few(value: Interval, grid: Grid) -> str:
 
 
 def plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of words, escaped."""
+    """A table of words, escaped, that scrolls where it is too wide."""
     top = "".join(f"<th>{escape(h)}</th>" for h in heads)
     body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def whole_page(title: str, subtitle: str, sections: Iterable[Section], above: str = "") -> str:
+    """One self-contained page; `above` is HTML that stands before the sections."""
+    template = Template(resources.files(__package__).joinpath("sections.html").read_text(encoding="utf-8"))
+    body = above + "".join(s.html() for s in sections)
+    return template.substitute(title=escape(title), subtitle=escape(subtitle), sections=body)

@@ -53,7 +53,7 @@ def sections(findings: Findings) -> list[Section]:
         _grid(findings, f"against clean training; {MARKED}", _lost(findings), against),
         _grid(findings, f"{findings.recipe.ours} minus each other; {MARKED}", _ahead(findings), against),
     ]
-    costs = f'<div class="wide">{plain_table(*costs_of_steps(findings))}</div>'
+    costs = plain_table(*costs_of_steps(findings))
     return [
         Section("What was found", tables, _figures(findings), note=NOTE),
         Section("What each step cost", below=costs, note=COST_NOTE),
