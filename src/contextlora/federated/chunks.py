@@ -116,6 +116,10 @@ class Assembler:
         here = [-1, *sorted(transfer.pieces), transfer.chunks]
         return [(a + 1, b) for a, b in pairwise(here) if b > a + 1]
 
+    def forget(self, name: bytes) -> None:
+        """Lets go of an unfinished transfer."""
+        self._open.pop(name, None)
+
     def unfinished(self) -> list[bytes]:
         """Ids of transfers under way, in the order in which they began."""
         return list(self._open)

@@ -105,9 +105,11 @@ class _Outgoing:
 
 @dataclass
 class _Incoming:
+    total: int
     todo: deque[tuple[int, int]]
     last: float  # when something of it arrived, or it was asked for again
     patience: float = _PATIENCE[0]
+    vain: int = 0  # times that it was asked for again since something arrived
     awaited: set[int] = field(default_factory=set)
 
     def start_over(self, holes: list[tuple[int, int]], now: float) -> None:
@@ -121,16 +123,16 @@ class Link:
 
     Args:
         air: shared by all links of the device.
-        limit: bytes that the peer may announce at once, and that may wait to be read; a message is at most this long.
-        transfers: how many of its messages may be unfinished; a newer one takes the place of the oldest.
+        limit: bytes of the peer's messages that may be under way or wait to be read, in all.
+        transfers: how many may be under way.
 
     Attributes:
         backlog: bytes of whole messages that nobody has read; whoever reads one takes its length off.
         rate: bit/s to the peer as last measured, with the air to itself; None before any measurement.
     """
 
-    def __init__(self, air: SharedAir, limit: int, transfers: int = 4):
-        self.air, self.limit, self.backlog = air, limit, 0
+    def __init__(self, air: SharedAir, limit: int, transfers: int = 8):
+        self.air, self.limit, self.transfers, self.backlog = air, limit, transfers, 0
         self.rate: float | None = None
         self._box = Assembler(limit, transfers, _SMALLEST)
         self._incoming: dict[bytes, _Incoming] = {}
@@ -168,8 +170,9 @@ class Link:
                 out.wait = min(2 * out.wait, _AGAIN[1])
                 out.again = now + out.wait
         for name, come in self._incoming.items():
-            if now - come.last > come.patience <= _PATIENCE[1]:  # beyond, it sleeps until it is offered again
-                come.patience *= 2
+            wait = come.patience * 2**come.vain
+            if now - come.last > wait <= _PATIENCE[1]:  # beyond, it sleeps until it is offered again
+                come.vain += 1
                 come.start_over(self._box.holes(name), now)
         return frames + self._ask()
 
@@ -237,16 +240,14 @@ class Link:
         name, total, size = _OFFER.unpack(body)
         if size > CHUNK:
             raise PeerError("E623", f"chunks of {size} bytes are over the limit of {CHUNK}")
-        if total <= self.limit < total + self.backlog:
-            return []  # nobody reads what is here; the offer will come again
+        if name not in self._incoming and total <= self.limit and not self._make_room(total):
+            return []  # the offer will come again
         if not self._box.expect(name, total, size):
             return [(Kind.DONE, name)]
         come = self._incoming.get(name)
         if come is None:
-            self._incoming[name] = _Incoming(deque(self._box.holes(name)), now)
-            self._incoming = {n: self._incoming[n] for n in self._box.unfinished() if n in self._incoming}
+            self._incoming[name] = _Incoming(total, deque(self._box.holes(name)), now)
         elif now - come.last > come.patience / 2:  # the sender has stopped: it knows nothing of what we await
-            come.patience = _PATIENCE[0]
             come.start_over(self._box.holes(name), now)
         return self._ask()
 
@@ -269,12 +270,26 @@ class Link:
             raise
         come.awaited.discard(index)
         come.patience = min(max(_PATIENCE[0], 4 * (now - come.last)), _PATIENCE[1])  # a slow link is not a dead one
-        come.last = now
+        come.last, come.vain = now, 0
         if message is None:
             return None, self._ask()
         del self._incoming[name]
         self.backlog += len(message)
         return message, [(Kind.DONE, name), *self._ask()]
+
+    def _make_room(self, total: int) -> bool:
+        """Whether so many bytes may come; of what was asked for in vain the most hopeless gives way."""
+        keep = dict(self._incoming)
+        hopeless = sorted((n for n, c in keep.items() if c.vain), key=lambda n: -keep[n].vain)
+        for name in [b"", *hopeless]:
+            keep.pop(name, None)
+            held = self.backlog + sum(c.total for c in keep.values())
+            if len(keep) < self.transfers and held + total <= self.limit:
+                for gone in self._incoming.keys() - keep.keys():
+                    self._box.forget(gone)
+                self._incoming = keep
+                return True
+        return False
 
     def _ask(self) -> list[Frame]:
         """Fills the window up once half of it is free, oldest transfer first."""

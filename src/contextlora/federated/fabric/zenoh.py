@@ -322,8 +322,6 @@ _ENDS = ("listen", "connect")
 
 def _access(me: str, others: list[str], space: str) -> dict[str, Any]:
     """Everything is forbidden but what each certified name needs."""
-    if not others:
-        return {"enabled": False}
     rules, policies = [], []
     for peer in others:
         for number, (flow, messages, keys) in enumerate(
