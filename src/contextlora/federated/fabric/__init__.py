@@ -47,6 +47,8 @@ class Fabric(Protocol):
     def send(self, to: Sequence[str], message: bytes, deadline: float) -> None:
         """Returns at once. Delivery is attempted until the deadline, also to peers that come back before it.
 
+        A message is delivered once: the same bytes again are not, while a receiver remembers them.
+
         Raises PeerError E657 for an unknown peer or once closed, E634 for a message that none can carry.
         """
 
