@@ -63,7 +63,7 @@ def by_way_of(folder: Path, name: str, port: int) -> Path:
 
 
 def raw_session(folder: Path, name: str, **tls: Any) -> Any:
-    """A zenoh session that obeys nobody: it calls all listed peers with this device's certificate, and may try anything."""
+    """A zenoh session that obeys nobody: it calls all peers with this device's certificate, and may try anything."""
     import zenoh
 
     peers, me = load_peers(folder / "peers.yaml"), load_identity(folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -28,10 +29,8 @@ class Proxy:
     def cut(self) -> None:
         """Breaks all connections; new ones are let in."""
         for s in self._open:
-            try:
+            with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             s.close()
         self._open = []
 

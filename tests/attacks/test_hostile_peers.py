@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,8 +29,7 @@ def signed(folder, signer, body, sender, receiver):
 
 def resident():
     """Bytes of memory that this process has."""
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
@@ -87,7 +87,11 @@ def test_one_who_is_certified_but_not_listed_gets_nothing(tmp_path):
     bee = load_peers(tmp_path / "peers.yaml")["bee"]
     save_peers(tmp_path / "peers.yaml", [full["ant"], bee])
     save_peers(tmp_path / "all.yaml", [*full.values(), bee])
-    with fabric(tmp_path, "ant") as ant, fabric(tmp_path, "bee") as bee, fabric(tmp_path, "dog", tmp_path / "all.yaml") as dog:
+    with (
+        fabric(tmp_path, "ant") as ant,
+        fabric(tmp_path, "bee") as bee,
+        fabric(tmp_path, "dog", tmp_path / "all.yaml") as dog,
+    ):
         meet(ant, bee)
         until(lambda: len(dog._session.info.links()) == 2)  # TLS lets her in, nothing else does
         dog.send(["ant", "bee"], b"hello", dog.now() + 20)
@@ -187,7 +191,10 @@ def test_a_flood_holds_no_memory_and_stops_nobody(pair):
         nonlocal poured
         while not stop.wait(0.001):
             huge = offer_of(poured.to_bytes(8, "big"), 100 << 20)
-            for key, body in [("offer/cat/ant", signed(folder, "cat", huge, "cat", "ant")), *[("link/cat/ant/chunk", piece)] * 8]:
+            for key, body in [
+                ("offer/cat/ant", signed(folder, "cat", huge, "cat", "ant")),
+                *[("link/cat/ant/chunk", piece)] * 8,
+            ]:
                 eve.put(f"{SPACE}/{key}", body, congestion_control=zenoh.CongestionControl.BLOCK)
                 poured += len(body)
 

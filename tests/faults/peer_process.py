@@ -1,4 +1,7 @@
-"""A peer as a process of its own: peer_process.py FOLDER NAME FIRST; says something to everybody three times a second, from round FIRST on."""
+"""A peer as a process of its own: peer_process.py FOLDER NAME FIRST
+
+It says something to everybody three times a second, from round FIRST on.
+"""
 
 import sys
 import time

@@ -15,7 +15,11 @@ import pytest
 from peers import enroll, fabric, meet, message_of, until
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE.parent)])}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE.parent)]),
+}
 NOTICED = 6.0  # seconds: three times the lease, on a machine that may be busy
 
 

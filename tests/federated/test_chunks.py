@@ -48,7 +48,12 @@ def test_an_expected_transfer_has_holes_before_its_first_chunk():
     box.add(chunks[7])
     assert box.expect(name, 10_000, 1024)  # announced again: nothing is lost
     assert box.holes(name) == [(0, 7), (8, 10)]
-    for size, total, code in ((2048, 10_000, "E636"), (1024, 9999, "E636"), (0, 10_000, "E623"), (1024, 1 << 40, "E623")):
+    for size, total, code in (
+        (2048, 10_000, "E636"),
+        (1024, 9999, "E636"),
+        (0, 10_000, "E623"),
+        (1024, 1 << 40, "E623"),
+    ):
         with pytest.raises(PeerError, match=code):
             box.expect(name, total, size)
     assert box.refused == {"E636": 2, "E623": 2}

@@ -98,12 +98,12 @@ def test_any_loss_order_and_repetition_gives_each_message_once(seed, sizes):
     rng = random.Random(seed)
     loss = rng.random() * 0.6
     pair = Pair(lose=lambda kind: rng.random() < loss, rng=rng)
-    sent = [[data(n, f'{i} {end}') for i, n in enumerate(sizes)] for end in (0, 1)]
+    sent = [[data(n, f"{i} {end}") for i, n in enumerate(sizes)] for end in (0, 1)]
     pair.connect()
     for end in (0, 1):
         for message in sent[end]:
             pair.send(end, message)
-    for flap in range(2):
+    for _ in range(2):
         pair.run(30)
         pair.connect(False)
         pair.run(5)
@@ -297,8 +297,6 @@ def test_chunks_that_are_not_the_message_start_over():
     name = transfer_id(message)
     offer = struct.pack("<32sII", name, len(message), CHUNK)
     assert link.on_offer(offer, 0.0) == [(Kind.ASK, ask(name, (0, 3)))]
-    from contextlora.federated.chunks import _head
-
     piece = other[:CHUNK]
     link.on_chunk(_head(name, len(message), CHUNK, 0, piece) + piece, 0.0)
     link.on_chunk(split(message, CHUNK)[1], 0.0)
@@ -309,7 +307,15 @@ def test_chunks_that_are_not_the_message_start_over():
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"x" * 33, b"x" * 34, ask(bytes(32)), ask(bytes(32), (1, 1)), ask(bytes(32), (2, 1)), ask(bytes(32), (0, 1))[:-1]],
+    [
+        b"",
+        b"x" * 33,
+        b"x" * 34,
+        ask(bytes(32)),
+        ask(bytes(32), (1, 1)),
+        ask(bytes(32), (2, 1)),
+        ask(bytes(32), (0, 1))[:-1],
+    ],
 )
 def test_asks_that_no_peer_makes(body):
     with pytest.raises(PeerError, match="E659"):

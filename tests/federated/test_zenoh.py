@@ -103,7 +103,7 @@ def test_a_transfer_that_is_cut_goes_on_where_it_was(tmp_path):
 def test_a_device_without_an_endpoint_calls_the_others(tmp_path):
     enroll(tmp_path, NAMES)
     text = (tmp_path / "peers.yaml").read_text().splitlines()
-    hidden = [line.split(", endpoint")[0] + "}" if line.startswith("  ant") else line for line in text]
+    hidden = [line.split(", endpoint")[0] + "}" if '"ant"' in line else line for line in text]
     (tmp_path / "peers.yaml").write_text("\n".join(hidden))
     found = {name: fabric(tmp_path, name) for name in NAMES}
     try:
@@ -166,7 +166,7 @@ def test_closing_is_quick_seen_at_once_and_final(tmp_path):
 def test_faults_that_a_user_can_make(tmp_path):
     enroll(tmp_path, NAMES)
     with fabric(tmp_path, "ant") as ant:
-        with pytest.raises(PeerError, match="E657 no peer 'bea'. Did you mean 'bee'?"):
+        with pytest.raises(PeerError, match=r"E657 no peer 'bea'\. Did you mean 'bee'\?"):
             ant.send(["bee", "bea"], b"x", 0.0)
         with pytest.raises(PeerError, match="E634"):
             ant.send(["bee"], b"", ant.now() + 1)
@@ -198,6 +198,8 @@ def test_listening_elsewhere_than_others_call(tmp_path):
 
 
 def test_neither_zenoh_nor_torch_is_imported_before_it_is_needed():
-    code = "import sys, contextlora.federated.fabric.zenoh; print({'zenoh', 'torch', 'cryptography'} & set(sys.modules))"
+    code = (
+        "import sys, contextlora.federated.fabric.zenoh; print({'zenoh', 'torch', 'cryptography'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "set()\n"

@@ -1,11 +1,11 @@
 """What carries messages between peers: `local` simulates it, `zenoh` is real. Neither looks into a message.
 
-    fabric.send(["bee", "cat"], message, deadline=fabric.now() + 2.0)
-    missing = {"bee", "cat"}
-    for sender, message in fabric.receive(deadline=fabric.now() + 2.0):
-        missing.discard(sender)
-        if not missing:
-            break                    # all that was expected is here; else it ends at the deadline
+fabric.send(["bee", "cat"], message, deadline=fabric.now() + 2.0)
+missing = {"bee", "cat"}
+for sender, message in fabric.receive(deadline=fabric.now() + 2.0):
+    missing.discard(sender)
+    if not missing:
+        break                    # all that was expected is here; else it ends at the deadline
 """
 
 from __future__ import annotations

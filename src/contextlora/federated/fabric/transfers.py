@@ -99,8 +99,8 @@ class _Outgoing:
     parcel: Parcel
     again: float  # when it is offered next
     wait: float = _AGAIN[0]
-    since: float | None = None  # virtual time of the first ask; None also for one that was cut off and is no measurement
-    cut: bool = False
+    since: float | None = None  # virtual time of the first ask
+    cut: bool = False  # by a lost link, so that it measures nothing
 
 
 @dataclass
@@ -234,7 +234,7 @@ class Link:
     # --- receiving -------------------------------------------------------------------------------------------------
 
     def on_offer(self, body: bytes, now: float) -> list[Frame]:
-        """The peer has a message. Raises PeerError E623 if it is over the limits, E636 if it contradicts itself, E659."""
+        """The peer has a message. Raises PeerError E623 over the limits, E636 if it contradicts itself, E659."""
         if len(body) != _OFFER.size:
             raise PeerError("E659", f"a frame of {len(body)} bytes that is no offer")
         name, total, size = _OFFER.unpack(body)

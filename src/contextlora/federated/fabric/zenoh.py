@@ -1,18 +1,11 @@
 """Real peers over TLS, with nobody in between: each listens, calls the others, and talks to each of them directly.
 
-Who may do what is decided by the name in the other's certificate, which TLS has checked, before anything gets here:
-
-    NS/link/ant/bee/ask|chunk|done     only ant may publish it, it goes to bee alone, and only bee may subscribe to it
-    NS/offer/ant/bee                   any listed peer may; ant's Ed25519 signature says whether it is hers
-    NS/alive/ant                       ant's liveliness token, which ends with her last link
-
-Zenoh drops what its access control refuses without telling anyone. Every message begins with an offer: so offers stand
-open, and a device that speaks in another's name is not only refused but seen (E658).
+Who may do what is decided in `access`, by certificates' names, before anything gets here. How messages get across is
+decided in `transfers`; this is what joins them: a session, threads, and the count of what went through.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 import time
@@ -23,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from contextlora.errors import PeerError, did_you_mean
 from contextlora.federated.fabric import Arrival
-from contextlora.federated.fabric.transfers import CHUNK, WINDOW, Frame, Kind, Link, Parcel, SharedAir
+from contextlora.federated.fabric.access import configuration
+from contextlora.federated.fabric.transfers import WINDOW, Frame, Kind, Link, Parcel, SharedAir
 from contextlora.federated.identity import Identity, Peer, check_endpoint
 from contextlora.federated.wire import run_hash
 
@@ -282,66 +276,8 @@ class ZenohFabric:
                 line.link.down(now)
 
     def _route(self, sender: str, receiver: str) -> bytes:
-        """What a signature is over besides the offer: it is good for this run, from one to the other, for nothing else."""
+        """What an offer's signature is over besides it: good in this run, from one to the other, and nowhere else."""
         return _DOMAIN + f"{self._space}/{sender}/{receiver}\0".encode()
-
-
-def configuration(
-    me: Identity, own: Peer, others: Mapping[str, Peer], space: str, listen: str | None, lease: float
-) -> dict[str, Any]:
-    """Zenoh's configuration: peers that call one another by TLS alone, and the access that each name has.
-
-    Of two peers that both listen the one whose name comes later calls. Addresses are not checked against certificates:
-    whoever answers a call is who its certificate says, wherever it is, and has that name's rights.
-    """
-    calls = [p.endpoint for n, p in others.items() if p.endpoint and (own.endpoint is None or n < me.name)]
-    public = {"root_ca_certificate": me.authority} | {f"{end}_certificate": me.certificate for end in _ENDS}
-    tls: dict[str, Any] = {f"{field}_base64": base64.b64encode(pem).decode() for field, pem in public.items()}
-    tls |= {f"{end}_private_key": str(me.tls_key) for end in _ENDS}
-    tls |= {"enable_mtls": True, "verify_name_on_connect": False, "close_link_on_expiration": True}
-    link = {"protocols": ["tls"], "tx": {"lease": round(1000 * lease)}, "rx": {"max_message_size": 2 * CHUNK}, "tls": tls}
-    return {
-        "mode": "peer",
-        "scouting": {"multicast": {"enabled": False}, "gossip": {"enabled": False}},
-        "listen": {"endpoints": [f"tls/{listen}"] if listen else []},
-        "connect": {
-            "endpoints": [f"tls/{c}" for c in calls],
-            "retry": {"period_init_ms": 200, "period_max_ms": 1000, "period_increase_factor": 2},
-        },
-        "transport": {
-            "unicast": {"max_sessions": 2 * len(others) + 8},
-            "shared_memory": {"enabled": False},  # would go round TLS between peers of one machine
-            "link": link,
-        },
-        "access_control": _access(me.name, list(others), space),
-    }
-
-
-_ENDS = ("listen", "connect")
-
-
-def _access(me: str, others: list[str], space: str) -> dict[str, Any]:
-    """Everything is forbidden but what each certified name needs."""
-    rules, policies = [], []
-    for peer in others:
-        for number, (flow, messages, keys) in enumerate(
-            [
-                ("ingress", ["put"], [f"link/{peer}/{me}/*", f"offer/*/{me}"]),
-                ("egress", ["put"], [f"link/{me}/{peer}/*", f"offer/{me}/{peer}"]),
-                ("ingress", ["declare_subscriber"], [f"link/*/{peer}/*", f"offer/*/{peer}"]),
-                ("egress", ["declare_subscriber"], [f"link/*/{me}/*", f"offer/*/{me}"]),
-                ("ingress", ["liveliness_token"], [f"alive/{peer}"]),
-                ("egress", ["liveliness_token"], [f"alive/{me}"]),
-                ("ingress", ["declare_liveliness_subscriber", "liveliness_query"], ["alive/*"]),
-                ("egress", ["declare_liveliness_subscriber", "liveliness_query"], ["alive/*"]),
-            ]
-        ):
-            rule = {"id": f"{peer} {number}", "permission": "allow", "flows": [flow], "messages": messages}
-            rules.append({**rule, "key_exprs": [f"{space}/{key}" for key in keys]})
-        policies.append({"rules": [f"{peer} {n}" for n in range(8)], "subjects": [peer]})
-    subjects = [{"id": peer, "cert_common_names": [peer]} for peer in others]
-    lists = {"rules": rules, "subjects": subjects, "policies": policies}
-    return {"enabled": True, "default_permission": "deny", **lists}
 
 
 def _open(config: dict[str, Any], listen: str | None) -> zenoh.Session:
