@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contextlora.errors import PeerError
-from contextlora.federated.chunks import Assembler, split, transfer_id
+from contextlora.federated.chunks import Assembler, place, split, transfer_id
 
 
 def message(n, seed=0):
@@ -37,6 +37,28 @@ def test_holes_are_what_is_missing_and_sending_them_finishes():
     assert box.holes(name) == [(0, 1), (3, 5), (6, 8), (9, 10)]
     missing = [i for first, last in box.holes(name) for i in range(first, last)]
     assert [box.add(chunks[i]) for i in missing] == [None] * 5 + [data]
+
+
+def test_an_expected_transfer_has_holes_before_its_first_chunk():
+    data, box = message(10_000), Assembler()
+    name, chunks = transfer_id(data), split(data, 1024)
+    assert box.expect(name, 10_000, 1024)
+    assert (box.holes(name), box.unfinished()) == ([(0, 10)], [name])
+    assert place(chunks[7]) == (name, 7)
+    box.add(chunks[7])
+    assert box.expect(name, 10_000, 1024)  # announced again: nothing is lost
+    assert box.holes(name) == [(0, 7), (8, 10)]
+    for size, total, code in (
+        (2048, 10_000, "E636"),
+        (1024, 9999, "E636"),
+        (0, 10_000, "E623"),
+        (1024, 1 << 40, "E623"),
+    ):
+        with pytest.raises(PeerError, match=code):
+            box.expect(name, total, size)
+    assert box.refused == {"E636": 2, "E623": 2}
+    assert [box.add(c) for c in chunks][-1] == data
+    assert not box.expect(name, 10_000, 1024)
 
 
 def test_two_transfers_side_by_side():

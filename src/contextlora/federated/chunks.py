@@ -33,6 +33,14 @@ def split(message: bytes, size: int = CHUNK) -> list[bytes]:
     return [_head(name, len(message), size, i, piece) + piece for i, piece in enumerate(pieces)]
 
 
+def place(chunk: bytes) -> tuple[bytes, int]:
+    """The transfer's id and the index that a chunk claims, unchecked. Raises PeerError E636 for what is no chunk."""
+    if len(chunk) < _HEAD.size or chunk[:4] != _MAGIC:
+        raise PeerError("E636", "not a chunk")
+    _, name, _, _, index, _ = _HEAD.unpack_from(chunk)
+    return name, index
+
+
 def _head(name: bytes, total: int, size: int, index: int, piece: bytes) -> bytes:
     # The check covers the header too: a damaged index would otherwise put good bytes in a wrong place.
     crc = zlib.crc32(piece, zlib.crc32(struct.pack("<32sIII", name, total, size, index)))
@@ -84,6 +92,22 @@ class Assembler:
             self.refused[e.code] += 1
             raise
 
+    def expect(self, name: bytes, total: int, size: int) -> bool:
+        """Makes room for a transfer that was announced, so that its holes are known; False if it is complete.
+
+        Raises PeerError as `add` does: E623 over the limit, E636 not what was announced before. Counted in `refused`.
+        """
+        try:
+            self._check_limits(total, size)
+            return not self.finished(name) and self._transfer(name, total, size) is not None
+        except PeerError as e:
+            self.refused[e.code] += 1
+            raise
+
+    def finished(self, name: bytes) -> bool:
+        """Whether a transfer was completed not long ago."""
+        return name in self._done
+
     def holes(self, name: bytes) -> list[tuple[int, int]]:
         """Ranges [first, last) of chunks that a transfer lacks; none if it is unknown or done."""
         transfer = self._open.get(name)
@@ -92,17 +116,19 @@ class Assembler:
         here = [-1, *sorted(transfer.pieces), transfer.chunks]
         return [(a + 1, b) for a, b in pairwise(here) if b > a + 1]
 
+    def forget(self, name: bytes) -> None:
+        """Lets go of an unfinished transfer."""
+        self._open.pop(name, None)
+
     def unfinished(self) -> list[bytes]:
         """Ids of transfers under way, in the order in which they began."""
         return list(self._open)
 
     def _add(self, chunk: bytes) -> bytes | None:
         name, total, size, index, piece = self._read(chunk)
-        if name in self._done:
+        if self.finished(name):
             return None
-        transfer = self._open.get(name) or self._begin(name, total, size)
-        if (transfer.total, transfer.size) != (total, size):
-            raise PeerError("E636", "a chunk of another size than the others of its transfer")
+        transfer = self._transfer(name, total, size)
         if transfer.pieces.setdefault(index, piece) != piece:
             raise PeerError("E636", f"chunk {index} came twice with different content")
         if len(transfer.pieces) < transfer.chunks:
@@ -114,6 +140,16 @@ class Assembler:
         self._done.append(name)
         return message
 
+    def _check_limits(self, total: int, size: int) -> None:
+        if not 0 < total <= self.limit or size < min(self.smallest, total):
+            raise PeerError("E623", f"a transfer of {total} bytes in chunks of {size} is over the limits")
+
+    def _transfer(self, name: bytes, total: int, size: int) -> _Transfer:
+        transfer = self._open.get(name) or self._begin(name, total, size)
+        if (transfer.total, transfer.size) != (total, size):
+            raise PeerError("E636", "a chunk of another size than the others of its transfer")
+        return transfer
+
     def _begin(self, name: bytes, total: int, size: int) -> _Transfer:
         while len(self._open) >= self.transfers or sum(t.total for t in self._open.values()) + total > self.limit:
             del self._open[next(iter(self._open))]
@@ -121,14 +157,12 @@ class Assembler:
         return self._open[name]
 
     def _read(self, chunk: bytes) -> tuple[bytes, int, int, int, bytes]:
-        if len(chunk) < _HEAD.size or chunk[:4] != _MAGIC:
-            raise PeerError("E636", "not a chunk")
-        _, name, total, size, index, _ = _HEAD.unpack_from(chunk)
+        name, index = place(chunk)
+        _, _, total, size, _, _ = _HEAD.unpack_from(chunk)
         piece = chunk[_HEAD.size :]
         if chunk[: _HEAD.size] != _head(name, total, size, index, piece):
             raise PeerError("E636", "a damaged chunk")
-        if not 0 < total <= self.limit or size < min(self.smallest, total):
-            raise PeerError("E623", f"a transfer of {total} bytes in chunks of {size} is over the limits")
+        self._check_limits(total, size)
         if index * size >= total or len(piece) != min(size, total - index * size):
             raise PeerError("E636", f"chunk {index} of {len(piece)} bytes has no place in its message")
         return name, total, size, index, piece
