@@ -62,3 +62,61 @@ def simulate(
             typer.echo(f"{task:24} {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}) of {score.count}")
         routed, right = measured.routes[:-1].sum(), measured.routes.trace() - measured.routes[-1, -1]
         typer.echo(f"asked {asked.name} by {measured.choice}; the gate sent {right} of {routed} prompts to their task")
+
+
+@federate.command()
+def peer(
+    config: Annotated[Path, typer.Argument(help="The federation's YAML, the same on every device.")],
+    identity: Annotated[Path, typer.Option(help="This device's keys and certificate, made by `enroll`.")],
+    peers: Annotated[Path, typer.Option(help="The list of peers (peers.yaml).")],
+    listen: Annotated[str | None, typer.Option(help="host:port to listen on, if not as in the list.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where it keeps itself; OUT/NAME by default.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override; alike on all devices.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Rejoin with what was kept.")] = False,
+) -> None:
+    """Be one real device: train, and exchange slices with the others over mTLS."""
+    from contextlora.federated.device import open_device, run_device
+    from contextlora.federated.fabric.zenoh import ZenohFabric
+    from contextlora.federated.federation import load_federation
+    from contextlora.federated.identity import load_identity, load_peers
+
+    settings, me, known = load_federation(config, tuple(overrides or ())), load_identity(identity), load_peers(peers)
+    device = open_device(settings, me, known)
+    home = out or Path(settings.out) / me.name
+    mine = {n: known[n] for n in settings.devices}
+    with ZenohFabric(me, mine, settings.name, listen=listen) as fabric:
+        run_device(device, fabric, home, resume=resume)
+    typer.echo(f"{me.name}: {settings.rounds} rounds; its adapter is in {home / 'adapter'}")
+
+
+@federate.command()
+def enroll(
+    folder: Annotated[Path, typer.Argument(help="Where the authority or the device's keys are, or are to be made.")],
+    authority: Annotated[bool, typer.Option("--authority", help="Make an authority, on one machine.")] = False,
+    name: Annotated[str | None, typer.Option(help="Make a device's keys and its request for a certificate.")] = None,
+    sign: Annotated[Path | None, typer.Option(help="As the authority in FOLDER: sign this request.")] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Write FOLDER/peers.yaml: CERTIFICATE or CERTIFICATE@HOST:PORT, one for each device."),
+    ] = None,
+) -> None:
+    """Make keys and certificates. Private keys never leave the device that made them."""
+    from contextlora.errors import ConfigError
+    from contextlora.federated.identity import create_authority, create_identity, read_peer, save_peers, sign_request
+
+    if (authority, name is not None, sign is not None, bool(add)).count(True) != 1:
+        raise ConfigError("E108", "say one of --authority, --name, --sign and --add", where="enroll")
+    if authority:
+        typer.echo(f"wrote {create_authority(folder)}; keep ca.key beside it to this machine")
+    elif name is not None:
+        typer.echo(
+            f"wrote {create_identity(folder, name)}; take it to the authority, and its answer back as certificate.pem"
+        )
+    elif sign is not None:
+        typer.echo(
+            f"wrote {sign_request(folder, sign)}; take it back to the device, as certificate.pem beside its keys"
+        )
+    else:
+        parts = (entry.partition("@") for entry in add or ())
+        save_peers(folder / "peers.yaml", [read_peer(file, endpoint or None) for file, _, endpoint in parts])
+        typer.echo(f"wrote {folder / 'peers.yaml'}; every device needs it")

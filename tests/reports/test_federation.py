@@ -210,7 +210,9 @@ def test_a_round_whose_line_was_lost_leaves_a_gap(folder: Path, monkeypatch: pyt
     assert np.isnan(axes.lines[0].get_ydata()).tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("content", [None, "", '{"step": 0, "stage": 0, "loss": {"weather": 2.0}}\n', '{"step": 0, "lo'])
+@pytest.mark.parametrize(
+    "content", [None, "", '{"step": 0, "stage": 0, "loss": {"weather": 2.0}}\n', '{"step": 0, "lo']
+)
 def test_where_no_round_has_ended(tmp_path: Path, content: str | None):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
@@ -242,7 +244,9 @@ def test_figures_draw_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert tops[0] * 1e6 == pytest.approx([r["bytes"]["rows"] for r in found])
     above, below = figures.energy_and_reach(rounds).axes
     assert above.patches[0].get_data().values == pytest.approx([r["energy"] for r in found])
-    assert [p.get_data().values.tolist() for p in below.patches] == [[r[k] for r in found] for k in ("asked", "reached")]
+    assert [p.get_data().values.tolist() for p in below.patches] == [
+        [r[k] for r in found] for k in ("asked", "reached")
+    ]
     (axes,) = figures.collision_rates(rounds, 0.5).axes
     assert axes.patches[0].get_data().values == pytest.approx([max(r["collisions"]) for r in found])
     assert axes.lines[0].get_ydata() == [0.5, 0.5]
@@ -321,7 +325,7 @@ def test_many_devices_and_rounds_stay_a_page(folder: Path):
     assert path.stat().st_size < 2e6
 
 
-# --- what a run leaves behind ------------------------------------------------------------------------------------------
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
 
 
 def test_the_terminal_shows_the_rounds(seen: tuple[Path, str]):
@@ -339,7 +343,10 @@ def test_the_settings_are_kept(folder: Path, seen: tuple[Path, str]):
     found = load_federation(folder / "federation.yaml")
     assert found.out == str(folder)
     assert {n: d.task for n, d in found.devices.items()} == DEVICES
-    assert [(f.what, f.who, f.rounds) for f in found.faults] == [("corrupt", ("bee",), (1, 1)), ("kill", ("cat",), (3, 3))]
+    assert [(f.what, f.who, f.rounds) for f in found.faults] == [
+        ("corrupt", ("bee",), (1, 1)),
+        ("kill", ("cat",), (3, 3)),
+    ]
 
 
 def test_kept_settings_mean_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -351,7 +358,10 @@ def test_kept_settings_mean_the_same_from_another_folder(tmp_path: Path, monkeyp
     monkeypatch.chdir("/")
     found = load_federation(tmp_path / "run" / "federation.yaml")
     at = {k: str(tmp_path / getattr(given, k)) for k in ("data", "graph", "out", "trace")}
-    home = {"ant": given.devices["ant"].model_copy(update={"data": str(tmp_path / "mine")}), "bee": given.devices["bee"]}
+    home = {
+        "ant": given.devices["ant"].model_copy(update={"data": str(tmp_path / "mine")}),
+        "bee": given.devices["bee"],
+    }
     assert found == given.model_copy(update={**at, "devices": home})
 
 

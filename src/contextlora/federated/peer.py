@@ -113,6 +113,7 @@ class Peer:
     def calibrate(self) -> None:
         """Lays out its own slice from the first mini-batches of its data (eq. 18 and 20 to 22)."""
         s = self.settings
+        self._load_prerequisites()
         batches = first_batches(self.reader, self.examples, self.task, s.train, s.slices.calibration)
         found = calibrate(self.reader, self.task, batches, spectra=s.slices.allocation == "entropy")
         total = max(1, round(s.slices.share * found.entries))
@@ -130,14 +131,20 @@ class Peer:
     def train(self) -> None:
         """This round's local updates, with the prerequisites' slices frozen beside its own (eq. 6)."""
         s = self.settings
-        for p in self.reader.encoder.graph.prerequisites(self.task):
-            if (slice_ := self.adapter(p)) is not None:
-                load_slice(self.reader.model, slice_)
+        self._load_prerequisites()
         done = min(self.round * s.updates, s.total_updates - s.updates)  # one that was away skips what it missed
         at = replace(self.local, update=max(done, self.local.update))
         self.local, self.losses = local_run(
             self.reader, self.examples, at, s.train, updates=s.updates, total=s.total_updates, prefix=self.prefix
         )
+
+    def _load_prerequisites(self) -> None:
+        """Puts on the model what it has of them, or nothing: in a simulation others were there before."""
+        graph = self.reader.encoder.graph
+        for p in graph.prerequisites(self.task):
+            none = {la: Mask((graph.rank_of(p), width), np.empty(0, np.int64)) for la, width in self.layers.items()}
+            empty = Slice(p, none, dict.fromkeys(none, np.empty(0, np.float32)))
+            load_slice(self.reader.model, self.adapter(p) or empty)
 
     def adapter(self, task: str) -> Slice | None:
         """What it would answer `task` with: its own cluster's adapter where clusters have one each."""

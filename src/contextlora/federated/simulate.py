@@ -57,12 +57,7 @@ def simulate(
     Raises:
         ConfigError: E104 a task that the graph does not have. RunError: E520 kept devices of another federation.
     """
-    graph = TaskGraph.load(settings.graph_path)
-    for name, device in settings.devices.items():
-        if device.task not in graph.names:
-            text = f"no task '{device.task}'.{did_you_mean(device.task, graph.names)}"
-            raise ConfigError("E104", text, where=f"devices.{name}")
-    reader = reader or open_reader(settings, graph)
+    reader = reader or open_reader(settings, graph_of_devices(settings))
     channel, out = channel_of(settings), Path(settings.out)
     keys = {name: simulated_key(settings, name) for name in settings.devices}
     known = {public_key(key): name for name, key in keys.items()}
@@ -104,6 +99,16 @@ def simulate(
     return peers
 
 
+def graph_of_devices(settings: Federation) -> TaskGraph:
+    """The tasks. Raises ConfigError E104 for a device with another one."""
+    graph = TaskGraph.load(settings.graph_path)
+    for name, device in settings.devices.items():
+        if device.task not in graph.names:
+            text = f"no task '{device.task}'.{did_you_mean(device.task, graph.names)}"
+            raise ConfigError("E104", text, where=f"devices.{name}")
+    return graph
+
+
 def open_reader(settings: Federation, graph: TaskGraph) -> ImageFeatures:
     """The base model with sparse layers: the same on every device."""
     model, processor = load_model(settings.model, dtype=settings.dtype)
@@ -121,12 +126,17 @@ def channel_of(settings: Federation) -> Channel:
     return RadioChannel(names, settings.radio, settings.limits, (settings.name, settings.seed))
 
 
-def shares(settings: Federation) -> dict[str, list[Example]]:
-    """Each device's training data: its own folder's, or an equal share of what the common one has of its task."""
-    graph = TaskGraph.load(settings.graph_path)
+def shares(settings: Federation, only: str | None = None) -> dict[str, list[Example]]:
+    """Each device's training data: its own folder's, or an equal share of what the common one has of its task.
+
+    `only` leaves out all other devices, whose folders need not be here.
+    """
+    graph = graph_of_devices(settings)
     common: list[Example] | None = None
     found: dict[str, list[Example]] = {}
     for name, device in settings.devices.items():
+        if only not in (None, name):
+            continue
         if device.data is not None:
             mine = load_examples(device.data, graph, split="train")
             found[name] = [e for e in mine if device.task in e.answers]

@@ -52,8 +52,8 @@ AIR_NOTE = (
     "cost no energy here. Receivers are counted once for every bundle that was for them; reached means by the deadline."
 )
 COLLISIONS_NOTE = (
-    "Of each cluster, the share of positions in which two or more of its devices are active, in the layer where that is "
-    "highest (eq. 19)."
+    "Of each cluster, the share of positions in which two or more of its devices are active, in the layer where that "
+    "is highest (eq. 19)."
 )
 
 

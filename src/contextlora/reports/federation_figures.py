@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -45,7 +46,8 @@ def device_map(rounds: Sequence[Round], radius: float | None = None) -> str:
     for names, fill, said in ((alone, INK, "alone"), (gone, "white", "not heard")):
         at = [last.positions[n] for n in names if n in last.positions]
         if at:
-            axes.scatter(*zip(*at, strict=True), s=42, color=fill, edgecolor=INK, linewidth=1, label=said, zorder=3)
+            x, y = zip(*at, strict=True)
+            axes.scatter(x, y, s=42, color=fill, edgecolor=INK, linewidth=1, label=said, zorder=3)
     for name, place in last.positions.items():
         size = 8 if len(last.positions) <= 40 else 5
         axes.annotate(plain(name), place, xytext=(5, 4), textcoords="offset points", fontsize=size, zorder=4)
@@ -63,7 +65,8 @@ def _cluster(axes: Axes, at: Sequence[tuple[float, float]], index: int, said: st
     middle = np.mean(at, axis=0)
     for place in at:
         axes.plot(*zip(middle, place, strict=True), color=colour, alpha=0.35, linewidth=1.2, zorder=1)
-    axes.scatter(*zip(*at, strict=True), s=52, color=colour, marker=shape, label=plain(said), zorder=3)
+    x, y = zip(*at, strict=True)
+    axes.scatter(x, y, s=52, color=colour, marker=shape, label=plain(said), zorder=3)
 
 
 def ways(rounds: Sequence[Round]) -> dict[str, list[tuple[float, float]]]:
@@ -85,7 +88,7 @@ def loss_by_device(rounds: Sequence[Round], tasks: Mapping[str, str]) -> str:
     names = sorted({n for r in rounds for n in r.losses})
     few = len(names) <= len(COLOURS)
     kinds = list(names if few else dict.fromkeys(tasks.get(n, "devices") for n in names))
-    style = {"marker": "." if len(steps) <= 40 else "", "rasterized": len(names) * len(steps) > MANY}
+    style: dict[str, Any] = {"marker": "." if len(steps) <= 40 else "", "rasterized": len(names) * len(steps) > MANY}
     for name in names:
         kind = name if few else tasks.get(name, "devices")
         values = _values(rounds, lambda r, name=name: r.losses.get(name, math.nan))  # type: ignore[misc]
@@ -106,8 +109,11 @@ def bytes_by_slot(rounds: Sequence[Round]) -> str:
     axes = figure.subplots()
     under = np.zeros(len(_steps(rounds)))
     for i, slot in enumerate(slots(rounds)):
-        mine = np.array(_values(rounds, lambda r, slot=slot: r.bytes.get(slot, 0) / 1e6, 0.0))  # type: ignore[misc]
-        axes.stairs(under + mine, _edges(rounds), baseline=under, fill=True, color=COLOURS[i % len(COLOURS)], label=slot)
+        sent = _values(rounds, lambda r, slot=slot: r.bytes.get(slot, 0) / 1e6, 0.0)  # type: ignore[misc]
+        mine = np.asarray(sent, dtype=np.float64)
+        axes.stairs(
+            under + mine, _edges(rounds), baseline=under, fill=True, color=COLOURS[i % len(COLOURS)], label=slot
+        )
         under += mine
     axes.set_ylabel("MB")
     _by_round(axes, _steps(rounds))
@@ -143,8 +149,9 @@ def collision_rates(rounds: Sequence[Round], most: float | None = None) -> str:
     axes = figure.subplots()
     dots = [(r.step, s) for r in rounds for g, s in zip(r.clusters, r.collisions, strict=False) if len(g) > 1]
     if dots:
-        style = {"s": 12, "alpha": 0.5, "linewidth": 0, "rasterized": len(dots) > MANY // 4}
-        axes.scatter(*zip(*dots, strict=True), color=COLOURS[0], label="a cluster", **style)
+        x, y = zip(*dots, strict=True)
+        style: dict[str, Any] = {"s": 12, "alpha": 0.5, "linewidth": 0, "rasterized": len(dots) > MANY // 4}
+        axes.scatter(x, y, color=COLOURS[0], label="a cluster", **style)
     axes.stairs(_values(rounds, lambda r: r.worst), _edges(rounds), color=COLOURS[0], label="the worst", baseline=None)
     top = max([s for _, s in dots], default=0.0)
     if most is not None:
