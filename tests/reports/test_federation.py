@@ -87,6 +87,18 @@ def folder(seen: tuple[Path, str], tmp_path: Path) -> Path:
     return Path(shutil.copytree(seen[0], tmp_path / "run", ignore=shutil.ignore_patterns("devices", "adapters")))
 
 
+@pytest.fixture(scope="module")
+def text(seen: tuple[Path, str]) -> str:
+    """The run's page."""
+    return write_federation_report(seen[0]).read_text()
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose figures are empty, where it is their tables that matter: drawing takes a second."""
+    monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -128,8 +140,7 @@ def number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def test_every_device_and_cluster_is_named(folder: Path):
-    text = write_federation_report(folder).read_text()
+def test_every_device_and_cluster_is_named(folder: Path, text: str):
     tables, last = Tables(text), lines(folder)[-1]
     rows = {r["device"]: r for r in tables.by("device")}
     assert {n: r["task"] for n, r in rows.items()} == DEVICES
@@ -142,8 +153,8 @@ def test_every_device_and_cluster_is_named(folder: Path):
     )
 
 
-def test_the_table_of_rounds_is_metrics_jsonl(folder: Path):
-    rows, found = Tables(write_federation_report(folder).read_text()).by("round"), lines(folder)
+def test_the_table_of_rounds_is_metrics_jsonl(folder: Path, text: str):
+    rows, found = Tables(text).by("round"), lines(folder)
     assert len(rows) == len(found) == 4
     for row, r in zip(rows, found, strict=True):
         assert int(row["round"]) == r["step"]
@@ -160,8 +171,7 @@ def test_the_table_of_rounds_is_metrics_jsonl(folder: Path):
         assert row["refused"] == (", ".join(f"{c}: {n}" for c, n in sorted(r["refused"].items())) or "0")
 
 
-def test_it_stands_alone(folder: Path):
-    text = write_federation_report(folder).read_text()
+def test_it_stands_alone(folder: Path, text: str):
     tags = parsed(text)
     assert "script" not in tags.seen
     assert tags.seen.count("svg") == 5
@@ -173,11 +183,11 @@ def test_it_stands_alone(folder: Path):
     assert write_federation_report(folder, folder / "sub" / "again.html").read_text() == text
 
 
-def test_a_round_tells_what_it_refused_itself(folder: Path):
+def test_a_round_tells_what_it_refused_itself(folder: Path, text: str):
     found = [r["refused"] for r in lines(folder)]
     assert found[0] == found[3] == {}
     assert sum(found[1].values()) > 0
-    rows = Tables(write_federation_report(folder).read_text()).by("code")
+    rows = Tables(text).by("code")
     assert {r["code"]: int(r["messages"]) for r in rows} == {
         code: sum(f.get(code, 0) for f in found) for code in {c for f in found for c in f}
     }
@@ -190,7 +200,7 @@ def test_codes_mean_what_the_documentation_says():
     assert {code: documented[code] for code in REFUSALS} == REFUSALS
 
 
-def test_a_cut_line_is_none_and_a_repeated_round_counts_as_last_told(folder: Path):
+def test_a_cut_line_is_none_and_a_repeated_round_counts_as_last_told(folder: Path, undrawn: None):
     found = lines(folder)
     again = {**found[1], "loss": 7.25}
     kept = [*found[:3], again, found[2]]
@@ -210,9 +220,7 @@ def test_a_round_whose_line_was_lost_leaves_a_gap(folder: Path, monkeypatch: pyt
     assert np.isnan(axes.lines[0].get_ydata()).tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize(
-    "content", [None, "", '{"step": 0, "stage": 0, "loss": {"weather": 2.0}}\n', '{"step": 0, "lo']
-)
+@pytest.mark.parametrize("content", [None, "", '{"step": 0, "stage": 0, "loss": {"light": 2.0}}\n', '{"step": 0, "lo'])
 def test_where_no_round_has_ended(tmp_path: Path, content: str | None):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
@@ -224,7 +232,7 @@ def test_where_no_round_has_ended(tmp_path: Path, content: str | None):
     assert done.stderr.startswith("error E525")
 
 
-def test_the_command_knows_a_federation(folder: Path):
+def test_the_command_knows_a_federation(folder: Path, undrawn: None):
     done = CliRunner().invoke(app, ["report", str(folder), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"report": str(folder / "report.html")}
@@ -244,9 +252,8 @@ def test_figures_draw_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert tops[0] * 1e6 == pytest.approx([r["bytes"]["rows"] for r in found])
     above, below = figures.energy_and_reach(rounds).axes
     assert above.patches[0].get_data().values == pytest.approx([r["energy"] for r in found])
-    assert [p.get_data().values.tolist() for p in below.patches] == [
-        [r[k] for r in found] for k in ("asked", "reached")
-    ]
+    for stairs, key in zip(below.patches, ("asked", "reached"), strict=True):
+        assert stairs.get_data().values.tolist() == [r[key] for r in found]
     (axes,) = figures.collision_rates(rounds, 0.5).axes
     assert axes.patches[0].get_data().values == pytest.approx([max(r["collisions"]) for r in found])
     assert axes.lines[0].get_ydata() == [0.5, 0.5]
@@ -267,7 +274,7 @@ def test_the_map_puts_devices_where_they_are(folder: Path, monkeypatch: pytest.M
     assert figures.ways(still) == {}
 
 
-def test_without_settings_or_positions(folder: Path):
+def test_without_settings_or_positions(folder: Path, undrawn: None):
     (folder / "federation.yaml").unlink()
     assert "not kept beside the rounds" in write_federation_report(folder).read_text()
     bare = [{k: v for k, v in r.items() if k != "positions"} for r in lines(folder)]
@@ -277,7 +284,7 @@ def test_without_settings_or_positions(folder: Path):
     assert {r["device"] for r in Tables(text).by("device")} == set(DEVICES)
 
 
-def test_over_a_measured_channel_there_is_no_map(words: Path, tmp_path: Path):
+def test_over_a_measured_channel_there_is_no_map(words: Path, tmp_path: Path, undrawn: None):
     pairs = [f"0,{a},{b},50e6" for a in ("ant", "bee") for b in ("ant", "bee") if a != b]
     (tmp_path / "rates.csv").write_text("\n".join(["round,from,to,rate_bit_s", *pairs]))
     two = {"ant": "weather", "bee": "light"}
@@ -306,20 +313,20 @@ def test_names_from_a_file_are_never_markup(folder: Path):
 
 def test_many_devices_and_rounds_stay_a_page(folder: Path):
     one = lines(folder)[0]
-    names = [f"d{i:03d}" for i in range(120)]
-    groups = [names[i : i + 3] for i in range(0, 120, 3)]
+    names = [f"d{i:03d}" for i in range(60)]
+    groups = [names[i : i + 3] for i in range(0, 60, 3)]
     many = {
         **one,
         "losses": dict.fromkeys(names, 1.0),
         "clusters": groups,
-        "collisions": [0.01] * 40,
+        "collisions": [0.01] * 20,
         "positions": {n: [i, -i] for i, n in enumerate(names)},
     }
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps({**many, "step": i}) for i in range(600)))
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps({**many, "step": i}) for i in range(510)))
     path = write_federation_report(folder)
     text = path.read_text()
     assert len(Tables(text).by("round")) == 500
-    assert "metrics.jsonl has all 600" in text
+    assert "metrics.jsonl has all 510" in text
     assert {r["cluster of"] for r in Tables(text).by("cluster of")} == {g[0] for g in groups}
     assert all(f">{n}</text>" in text for n in names)
     assert path.stat().st_size < 2e6
@@ -343,10 +350,8 @@ def test_the_settings_are_kept(folder: Path, seen: tuple[Path, str]):
     found = load_federation(folder / "federation.yaml")
     assert found.out == str(folder)
     assert {n: d.task for n, d in found.devices.items()} == DEVICES
-    assert [(f.what, f.who, f.rounds) for f in found.faults] == [
-        ("corrupt", ("bee",), (1, 1)),
-        ("kill", ("cat",), (3, 3)),
-    ]
+    faults = [(f.what, f.who, f.rounds) for f in found.faults]
+    assert faults == [("corrupt", ("bee",), (1, 1)), ("kill", ("cat",), (3, 3))]
 
 
 def test_kept_settings_mean_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -358,11 +363,8 @@ def test_kept_settings_mean_the_same_from_another_folder(tmp_path: Path, monkeyp
     monkeypatch.chdir("/")
     found = load_federation(tmp_path / "run" / "federation.yaml")
     at = {k: str(tmp_path / getattr(given, k)) for k in ("data", "graph", "out", "trace")}
-    home = {
-        "ant": given.devices["ant"].model_copy(update={"data": str(tmp_path / "mine")}),
-        "bee": given.devices["bee"],
-    }
-    assert found == given.model_copy(update={**at, "devices": home})
+    home = {"ant": given.devices["ant"].model_copy(update={"data": str(tmp_path / "mine")})}
+    assert found == given.model_copy(update={**at, "devices": {**given.devices, **home}})
 
 
 def test_a_run_anew_forgets_the_rounds_of_the_last(words: Path, tmp_path: Path):

@@ -52,8 +52,8 @@ AIR_NOTE = (
     "cost no energy here. Receivers are counted once for every bundle that was for them; reached means by the deadline."
 )
 COLLISIONS_NOTE = (
-    "Of each cluster, the share of positions in which two or more of its devices are active, in the layer where that "
-    "is highest (eq. 19)."
+    "Of each cluster, the share of positions in which two or more of its devices are active, in the layer where it is "
+    "highest (eq. 19)."
 )
 
 
@@ -102,9 +102,9 @@ def page(rounds: Sequence[Round], settings: Federation | None, name: str) -> str
         Section("Rounds", below=_table(rounds), note=_left_out(rounds)),
         Section("The run", below=_facts(rounds, settings)),
     ]
-    done = f"{len(rounds)} rounds" if settings is None else f"{last.step + 1} of {settings.rounds} rounds"
-    what = [f"{len(names)} devices", *([f"{len(set(tasks.values()))} tasks"] if tasks else []), done]
-    return whole_page(settings.name if settings else name, f"{', '.join(what)}.", sections)
+    done = str(len(rounds)) if settings is None else f"{last.step + 1} of {settings.rounds}"
+    what = f"devices: {len(names)}" + (f", tasks: {len(set(tasks.values()))}" if tasks else "")
+    return whole_page(settings.name if settings else name, f"{what}, rounds: {done}", sections)
 
 
 def devices(rounds: Sequence[Round], settings: Federation | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from contextlora.federated.protocol import SLOTS
 from contextlora.reports.figures import COLOURS, bare, plain, svg
 from contextlora.reports.rounds import Round
 
+Floats = NDArray[np.float64]
 SHAPES = "osD^vPX*"  # of clusters beyond the colours
 INK, PALE = "#1c2733", "#9aa8b7"
 WAY = 20  # earlier rounds whose positions the map shows
@@ -37,16 +39,15 @@ def device_map(rounds: Sequence[Round], radius: float | None = None) -> str:
     if radius is not None:
         axes.add_patch(Circle((0, 0), radius, fill=False, edgecolor=PALE, linestyle=":"))
     for way in ways(rounds[-1 - WAY :]).values():
-        axes.plot(*zip(*way, strict=True), ".-", color=PALE, alpha=0.4, linewidth=1, markersize=3)
+        axes.plot(*np.transpose(way), ".-", color=PALE, alpha=0.4, linewidth=1, markersize=3)
     together = [[n for n in group if n in last.positions] for group in last.clusters if len(group) > 1]
-    for i, group in enumerate(together):
-        _cluster(axes, [last.positions[n] for n in group], i, f"cluster of {group[0]}" if group else "")
+    for i, group in enumerate(filter(None, together)):
+        _cluster(axes, [last.positions[n] for n in group], i, f"cluster of {group[0]}")
     alone = [g[0] for g in last.clusters if len(g) == 1]
     gone = sorted(last.positions.keys() - {n for g in last.clusters for n in g})
     for names, fill, said in ((alone, INK, "alone"), (gone, "white", "not heard")):
-        at = [last.positions[n] for n in names if n in last.positions]
-        if at:
-            x, y = zip(*at, strict=True)
+        if at := [last.positions[n] for n in names if n in last.positions]:
+            x, y = np.transpose(at)
             axes.scatter(x, y, s=42, color=fill, edgecolor=INK, linewidth=1, label=said, zorder=3)
     for name, place in last.positions.items():
         size = 8 if len(last.positions) <= 40 else 5
@@ -64,8 +65,8 @@ def _cluster(axes: Axes, at: Sequence[tuple[float, float]], index: int, said: st
     colour, shape = COLOURS[index % len(COLOURS)], SHAPES[index // len(COLOURS) % len(SHAPES)]
     middle = np.mean(at, axis=0)
     for place in at:
-        axes.plot(*zip(middle, place, strict=True), color=colour, alpha=0.35, linewidth=1.2, zorder=1)
-    x, y = zip(*at, strict=True)
+        axes.plot(*np.transpose([middle, place]), color=colour, alpha=0.35, linewidth=1.2, zorder=1)
+    x, y = np.transpose(at)
     axes.scatter(x, y, s=52, color=colour, marker=shape, label=plain(said), zorder=3)
 
 
@@ -88,13 +89,13 @@ def loss_by_device(rounds: Sequence[Round], tasks: Mapping[str, str]) -> str:
     names = sorted({n for r in rounds for n in r.losses})
     few = len(names) <= len(COLOURS)
     kinds = list(names if few else dict.fromkeys(tasks.get(n, "devices") for n in names))
-    style: dict[str, Any] = {"marker": "." if len(steps) <= 40 else "", "rasterized": len(names) * len(steps) > MANY}
+    style: Any = {"marker": "." if len(steps) <= 40 else "", "rasterized": len(names) * len(steps) > MANY}
     for name in names:
         kind = name if few else tasks.get(name, "devices")
-        values = _values(rounds, lambda r, name=name: r.losses.get(name, math.nan))  # type: ignore[misc]
+        values = _values(rounds, (r.losses.get(name, math.nan) for r in rounds))
         width, alpha = (1.5, 0.9) if few else (0.8, 0.45)
         axes.plot(steps, values, color=COLOURS[kinds.index(kind) % len(COLOURS)], linewidth=width, alpha=alpha, **style)
-    axes.plot(steps, _values(rounds, lambda r: r.loss), color=INK, linewidth=2, linestyle="--", **style)
+    axes.plot(steps, _values(rounds, (r.loss for r in rounds)), color=INK, linewidth=2, linestyle="--", **style)
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=plain(k)) for i, k in enumerate(kinds)]
     handles.append(Line2D([], [], color=INK, linewidth=2, linestyle="--", label="mean"))
     axes.set_ylabel("loss (nats a token)")
@@ -107,14 +108,11 @@ def bytes_by_slot(rounds: Sequence[Round]) -> str:
     """What was handed to the channel, slot upon slot, in MB."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots()
-    under = np.zeros(len(_steps(rounds)))
+    under, edges = np.zeros(len(_steps(rounds))), _edges(rounds)
     for i, slot in enumerate(slots(rounds)):
-        sent = _values(rounds, lambda r, slot=slot: r.bytes.get(slot, 0) / 1e6, 0.0)  # type: ignore[misc]
-        mine = np.asarray(sent, dtype=np.float64)
-        axes.stairs(
-            under + mine, _edges(rounds), baseline=under, fill=True, color=COLOURS[i % len(COLOURS)], label=slot
-        )
-        under += mine
+        upto = under + _values(rounds, (r.bytes.get(slot, 0) / 1e6 for r in rounds), 0.0)
+        axes.stairs(upto, edges, baseline=under, fill=True, color=COLOURS[i % len(COLOURS)], label=slot)
+        under = upto
     axes.set_ylabel("MB")
     _by_round(axes, _steps(rounds))
     axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
@@ -132,10 +130,10 @@ def energy_and_reach(rounds: Sequence[Round]) -> str:
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     edges = _edges(rounds)
-    above.stairs(_values(rounds, lambda r: r.energy, 0.0), edges, fill=True, color=COLOURS[6])
+    above.stairs(_values(rounds, (r.energy for r in rounds), 0.0), edges, fill=True, color=COLOURS[6])
     above.set_ylabel("J")
-    below.stairs(_values(rounds, lambda r: r.asked, 0.0), edges, fill=True, color="#c9d3df", label="asked")
-    below.stairs(_values(rounds, lambda r: r.reached, 0.0), edges, fill=True, color=COLOURS[2], label="reached")
+    below.stairs(_values(rounds, (r.asked for r in rounds), 0.0), edges, fill=True, color="#c9d3df", label="asked")
+    below.stairs(_values(rounds, (r.reached for r in rounds), 0.0), edges, fill=True, color=COLOURS[2], label="reached")
     below.set_ylabel("receivers")
     bare(above)
     _by_round(below, _steps(rounds))
@@ -149,10 +147,10 @@ def collision_rates(rounds: Sequence[Round], most: float | None = None) -> str:
     axes = figure.subplots()
     dots = [(r.step, s) for r in rounds for g, s in zip(r.clusters, r.collisions, strict=False) if len(g) > 1]
     if dots:
-        x, y = zip(*dots, strict=True)
-        style: dict[str, Any] = {"s": 12, "alpha": 0.5, "linewidth": 0, "rasterized": len(dots) > MANY // 4}
-        axes.scatter(x, y, color=COLOURS[0], label="a cluster", **style)
-    axes.stairs(_values(rounds, lambda r: r.worst), _edges(rounds), color=COLOURS[0], label="the worst", baseline=None)
+        style: Any = {"s": 12, "alpha": 0.5, "linewidth": 0, "rasterized": len(dots) > MANY // 4}
+        axes.scatter(*np.transpose(dots), color=COLOURS[0], label="a cluster", **style)
+    worst = _values(rounds, (r.worst for r in rounds))
+    axes.stairs(worst, _edges(rounds), color=COLOURS[0], label="the worst", baseline=None)
     top = max([s for _, s in dots], default=0.0)
     if most is not None:
         axes.axhline(most, color=COLOURS[4], linestyle="--", linewidth=1.2, label=f"S_max {most:g}")
@@ -171,15 +169,16 @@ def _steps(rounds: Sequence[Round]) -> range:
     return range(rounds[0].step, rounds[-1].step + 1)
 
 
-def _edges(rounds: Sequence[Round]) -> np.ndarray:
+def _edges(rounds: Sequence[Round]) -> Floats:
     """Where the rounds' stairs begin and end."""
-    return np.arange(rounds[0].step, rounds[-1].step + 2) - 0.5
+    return np.arange(rounds[0].step, rounds[-1].step + 2, dtype=np.float64) - 0.5
 
 
-def _values(rounds: Sequence[Round], of: Callable[[Round], float], missing: float = math.nan) -> list[float]:
-    """One number for each round from the first to the last, also for those whose line was lost."""
-    found = {r.step: of(r) for r in rounds}
-    return [found.get(i, missing) for i in _steps(rounds)]
+def _values(rounds: Sequence[Round], values: Iterable[float], missing: float = math.nan) -> Floats:
+    """The rounds' values from the first to the last; `missing` is that of a round whose line was lost."""
+    found = np.full(len(_steps(rounds)), missing)
+    found[[r.step - rounds[0].step for r in rounds]] = list(values)
+    return found
 
 
 def _by_round(axes: Axes, steps: range) -> None:
