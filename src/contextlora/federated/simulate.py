@@ -85,7 +85,7 @@ def simulate(
                 save_peer(peers[name], _kept(out, name))
             if round_ == first:  # not before: a resumed run may turn out to be another one
                 save_federation(settings, out / "federation.yaml")
-            numbers = standing(peers, there, traffic, channel, told)
+            numbers = standing(round_, peers, there, traffic, channel, told)
             told.update({name: peers[name].refused for name in there})
             watch.log(round_, numbers)
             show(round_, numbers)
@@ -148,6 +148,7 @@ def shares(settings: Federation, only: str | None = None) -> dict[str, list[Exam
 
 
 def standing(
+    round_: int,
     peers: Mapping[str, Peer],
     there: frozenset[str],
     traffic: Traffic,
@@ -160,15 +161,16 @@ def standing(
     """
     alive = [peers[n] for n in sorted(there)]
     losses = {p.name: sum(p.losses) / len(p.losses) for p in alive if p.losses}
-    one, numbers = alive[0].clustering, asdict(traffic) | {"bytes": dict(traffic.bytes)}
+    numbers = asdict(traffic) | {"bytes": dict(traffic.bytes)}
+    groups, collisions = ((c := alive[0].clustering).groups, c.collisions) if alive else ((), ())
     if isinstance(channel, RadioChannel):
-        at = channel.positions(alive[0].round - 1)
+        at = channel.positions(round_)
         numbers["positions"] = {n: [round(float(x), 2) for x in at[i]] for i, n in enumerate(channel.devices)}
     return numbers | {
         "loss": sum(losses.values()) / max(1, len(losses)),
         "losses": losses,
-        "clusters": [list(g) for g in one.groups],
-        "collisions": list(one.collisions),
+        "clusters": [list(g) for g in groups],
+        "collisions": list(collisions),
         "refused": dict(sum((p.refused - told[p.name] for p in alive), start=Counter[str]())),
     }
 
