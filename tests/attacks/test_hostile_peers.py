@@ -129,8 +129,6 @@ def test_frames_under_anothers_name_do_not_arrive(pair):
     seen = []
     for key in ("**", "link/bee/ant/*", "offer/*/*"):
         eve.declare_subscriber(f"{SPACE}/{key}", seen.append, allowed_origin=zenoh.Locality.REMOTE)
-    eve.liveliness().declare_token(f"{SPACE}/alive/bee")
-    eve.liveliness().declare_token(f"{SPACE}/alive/dog")
     truth, lie = message_of("bee", 0), message_of("bee", 1)
     bee.send(["ant"], truth, bee.now() + 20)
     for key in ("link/bee/ant", "link/*/ant", "link/bee/*", "**"):
@@ -144,7 +142,12 @@ def test_frames_under_anothers_name_do_not_arrive(pair):
     assert not ant.refused
     assert not bee.refused
     bee.close()
-    until(lambda: not ant.alive())  # her token for bee did not keep him alive, nor make a dog
+    until(lambda: not ant.alive())
+    tokens = [eve.liveliness().declare_token(f"{SPACE}/alive/{name}") for name in ("bee", "dog", "*")]
+    time.sleep(0.5)
+    assert not ant.alive()  # she cannot raise the dead
+    for token in tokens:
+        token.undeclare()
     assert [str(s.key_expr) for s in seen] == []
     eve.close()
 

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE.parent)]),
 }
 NOTICED = 6.0  # seconds: three times the lease, on a machine that may be busy
+LATE = 1.5  # seconds after a deadline, likewise; a link to a frozen peer is held for longer
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_killed_peer_is_noticed_and_its_successor_taken_in(fleet):
     cat.send_signal(signal.SIGKILL)
     assert until(lambda: ant.alive() == {"bee"} and bee.alive() == {"ant"}) < 2
     took = exchange(ant, bee, 1, 2.0)
-    assert 2.0 <= took < 2.7
+    assert 2.0 <= took < 2.0 + LATE
     start()
     assert {sender for sender, _ in hear(ant, 2)} == {"cat"}
     assert not ant.refused
@@ -93,11 +94,11 @@ def test_a_frozen_peer_is_noticed_holds_nobody_up_and_comes_back(fleet):
     cat = start()
     cat.send_signal(signal.SIGSTOP)
     took = exchange(ant, bee, 1, 2.0)  # nobody knows yet that she is gone
-    assert 2.0 <= took < 2.7
+    assert 2.0 <= took < 2.0 + LATE
     assert until(lambda: ant.alive() == {"bee"} and bee.alive() == {"ant"}) < NOTICED
     list(ant.receive(ant.now()))
     took = exchange(ant, bee, 2, 1.0)
-    assert 1.0 <= took < 1.7
+    assert 1.0 <= took < 1.0 + LATE
     cat.send_signal(signal.SIGCONT)
     assert until(lambda: "cat" in ant.alive() and "cat" in bee.alive()) < NOTICED
     list(ant.receive(ant.now()))
@@ -113,4 +114,4 @@ def test_a_frozen_peer_in_the_middle_of_a_transfer_holds_nobody_up(fleet):
     until(lambda: ant.traffic["cat"].chunks > 3)
     cat.send_signal(signal.SIGSTOP)
     for round_ in range(3):
-        assert exchange(ant, bee, round_, 1.0) < 1.7
+        assert exchange(ant, bee, round_, 1.0) < 1.0 + LATE

@@ -163,9 +163,10 @@ class Link:
             self._drop(out, now)
         if not self._up:
             return []
-        frames = []
-        for out in self._outgoing.values():
-            if now >= out.again:
+        frames: list[Frame] = []
+        served = {name for name, _ in self._asked}
+        for name, out in self._outgoing.items():
+            if now >= out.again and name not in served:
                 frames.append(out.parcel.offer())
                 out.wait = min(2 * out.wait, _AGAIN[1])
                 out.again = now + out.wait

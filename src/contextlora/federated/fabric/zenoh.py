@@ -151,7 +151,7 @@ class ZenohFabric:
             self._news.notify_all()
             for line in self._lines.values():
                 line.work.notify_all()
-        self._session.close()
+        self._session.close()  # type: ignore[no-untyped-call,unused-ignore]  # zenoh's stubs leave some results out
         for thread in self._threads:
             thread.join(5)
 
@@ -171,7 +171,7 @@ class ZenohFabric:
         offers = session.declare_subscriber(f"{self._space}/offer/*/{me}", zenoh.handlers.RingChannel(16 * WINDOW))
         self._run(self._read, offers, self._take_offer)
         for name in self._peers:
-            ring = zenoh.handlers.RingChannel(4 * WINDOW)
+            ring: Any = zenoh.handlers.RingChannel(4 * WINDOW)
             frames = session.declare_subscriber(f"{self._space}/link/{name}/{me}/*", ring)
             self._run(self._read, frames, self._take_frame)
             self._run(self._write, name)
