@@ -211,6 +211,37 @@ def _stock(kind: type[ScheduleGPipe] | type[Schedule1F1B], cuts: Callable[[Setti
     return Method(tuple(d for d, *_ in stages), partial(rivals.Pipeline, kind=kind, stages=stages, k=g.size), _said(g), memory)
 
 
+def _zero(stage: int, setting: Setting) -> Method:
+    from zero import Zero
+
+    ddp, n, problem = _ddp(True, setting), len(setting.fleet.devices), setting.problem
+    frozen = sum(u.weights for u in problem.any_profile.units) * (1 - 1 / n) if stage == 3 else 0.0
+    memory = {d: needed - frozen for d, needed in ddp.memory.items()}
+    how = ddp.how.split(", buckets")[0] + ("; frozen weights on the wire are the thin model's: a lower bound" if stage == 3 else "")
+    return Method(ddp.devices, partial(Zero, stage=stage, by_speed=True), how, memory)
+
+
+def _deepspeed_pipeline(setting: Setting) -> Method:
+    from zero import Pipe
+
+    p, names = setting.problem, list(setting.fleet.devices)
+    counts = [p.units // len(names) + (i < p.units % len(names)) for i in range(len(names))]  # "uniform"
+    ends = list(itertools.accumulate([0, *counts]))
+    stages = [(d, a, b) for d, (a, b) in zip(names, itertools.pairwise(ends), strict=True)]
+    g = min((_pipeline(p, stages, k) for k in _sizes(setting)), key=lambda g: simulate(p, [g], 2).seconds)
+    stock = _stock(Schedule1F1B, lambda _: g, setting)
+    return replace(stock, make=partial(Pipe, k=g.size))
+
+
+def _jora(setting: Setting) -> Method:
+    from jora import TensorParallel
+
+    p, names = setting.problem, tuple(setting.fleet.devices)
+    reserved = {d: p.fleet.devices[d].reserved for d in names}
+    memory = {d: reserved[d] + (m - reserved[d]) / len(names) for d, m in _whole(p, names).items()}
+    return Method(names, TensorParallel, "equal shares of every layer, one pass", memory)
+
+
 METHODS: dict[str, Callable[[Setting], Method]] = {
     "exact": lambda s: by_plan(make_plan(s.problem, "exact")),
     "algorithm2": lambda s: by_plan(make_plan(s.problem, "algorithm2")),
@@ -223,5 +254,9 @@ METHODS: dict[str, Callable[[Setting], Method]] = {
     "1f1b": partial(_stock, Schedule1F1B, _equal),
     "gpipe-our-cuts": partial(_stock, ScheduleGPipe, _best),
     "1f1b-our-cuts": partial(_stock, Schedule1F1B, _best),
+    "deepspeed-zero-1": partial(_zero, 1),
+    "deepspeed-zero-3": partial(_zero, 3),
+    "deepspeed-pipeline": _deepspeed_pipeline,
+    "jora": _jora,
 }
 OURS = ("exact", "algorithm2", "our-runtime-equal", "our-runtime-data")

@@ -106,15 +106,18 @@ def padded(run: Callable[..., Any], device: Device, unit: int, lowest: int, part
     return forward
 
 
-def emulate(model: Any, device: Device, *, inputs: bool = True, remember: bool = False) -> None:
+def emulate(
+    model: Any, device: Device, *, inputs: bool = True, remember: bool = False, layers: bool = True
+) -> None:
     """Pads a causal LM's embedding, decoder layers and output head, in place.
 
     Args:
         inputs: this device runs the first unit; others embed too, since that is nothing, and drop it.
         remember: what it made of a sample is kept for later epochs, as images' features are.
+        layers: False where something else pads these.
     """
     stack, lowest = list(model.model.layers), device.problem.work.lowest
-    for i, layer in enumerate(stack):
+    for i, layer in enumerate(stack if layers else ()):
         layer.forward = padded(layer.forward, device, i + 1, lowest)
     first, embed, seen = stack[0].forward, model.model.embed_tokens.forward, set[tuple[int, ...]]()
 
@@ -123,7 +126,7 @@ def emulate(model: Any, device: Device, *, inputs: bool = True, remember: bool =
         device.samples = len(ids)
         out: Tensor = embed(ids)
         fresh = len({tuple(row) for row in ids.tolist()} - seen) if remember else len(ids)
-        if inputs and fresh and stack[0].forward is first:  # else something stands in for the lowest layers
+        if inputs and fresh and stack[0].forward == first:  # else something stands in for the lowest layers
             device.end(device.seconds(0, False, fresh))
             seen.update(tuple(row) for row in ids.tolist() if remember)
         return out

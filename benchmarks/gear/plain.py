@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -51,9 +52,13 @@ def learning(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def apart(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """The largest difference, relative to the largest gradient of the same parameter."""
-    return max((float((g - reference[n]).abs().max() / reference[n].abs().max()) for n, g in gradients.items()), default=0.0)
+def apart(gradients: Mapping[str, Tensor | None], reference: Mapping[str, Tensor]) -> float:
+    """The largest difference, relative to the largest gradient of the same parameter; inf where there is none."""
+    found = [
+        float((g - reference[n]).abs().max() / reference[n].abs().max()) if g is not None else math.inf
+        for n, g in gradients.items()
+    ]
+    return max(found, default=0.0)
 
 
 class Loss(nn.Module):

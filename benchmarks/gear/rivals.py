@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from model import BYTES, Setting, samples_of
@@ -24,13 +24,20 @@ BUCKET = 25.0  # MB of gradients in one message, DDP's own default: here by the 
 class Alone:
     """The whole batch on one device."""
 
-    def __init__(self, setting: Setting, reader: ImageFeatures, device: Device):
+    def __init__(self, setting: Setting, reader: ImageFeatures, device: Device, *, pad: bool = True):
         self.setting, self.all = setting, samples_of(setting, reader)
         self.model, self.mask = plain(setting, reader)
         self.loss: nn.Module = Loss(setting, self.model, self.mask)
-        self.parameters = learning(self.model)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, fused=True)
-        emulate(self.model, device)
+        self.learn()
+        if pad:
+            emulate(self.model, device)
+
+    def learn(self, mine: Iterable[nn.Parameter] | None = None) -> None:
+        """Gives all that learns an optimizer, or what is both that and mine."""
+        here = None if mine is None else {id(p) for p in mine}
+        self.parameters = {n: p for n, p in learning(self.model).items() if here is None or id(p) in here}
+        some = list(self.parameters.values()) or [nn.Parameter(torch.zeros(1))]  # a part that is frozen
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(some, lr=1e-4, fused=True)
 
     def gradients(self, update: int) -> None:
         """Adds up one update's."""
@@ -39,9 +46,13 @@ class Alone:
     def check(self, reference: Mapping[str, Tensor]) -> float:
         """As in Job."""
         self.gradients(0)
-        worst = apart({n: p.grad for n, p in self.parameters.items() if p.grad is not None}, reference)
+        worst = self.apart(reference)
         self.optimizer.zero_grad()
         return worst
+
+    def apart(self, reference: Mapping[str, Tensor]) -> float:
+        """Of what this device has."""
+        return apart({n: p.grad for n, p in self.parameters.items()}, reference)
 
     def updates(self) -> Iterator[float]:
         """As in Job."""
@@ -67,7 +78,7 @@ class Data(Alone):
         super().__init__(setting, reader, device)
         self.count, self.by_speed = len(setting.fleet.devices), by_speed
         self.place = list(setting.fleet.devices).index(device.name)
-        self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, bucket_cap_mb=BUCKET / BYTES)
+        self.loss = DistributedDataParallel(self.loss, forward_sync_buffers=False, bucket_cap_mb=BUCKET / BYTES)
 
     def gradients(self, update: int) -> None:
         mine = shares(self.setting, self.all[update], self.by_speed)[self.place]
@@ -113,10 +124,7 @@ class Pipeline(Alone):
         self.place = next(i for i, (name, _, _) in enumerate(stages) if name == device.name)
         self.last = self.place == len(stages) - 1
         part = Part(self, *stages[self.place][1:])
-        mine = {id(p) for p in part.parameters()}
-        self.parameters = {n: p for n, p in self.parameters.items() if id(p) in mine}
-        if self.parameters:  # else the optimizer stays that of the whole, and has nothing to do
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, fused=True)
+        self.learn(part.parameters())
         stage = PipelineStage(part, self.place, len(stages), torch.device("cpu"))
         micro = len(self.all[0]) // k
         self.schedule = kind(stage, micro, loss_fn=lambda out, _: out.sum(), scale_grads=False)

@@ -227,7 +227,8 @@ def together(net: Network, devices: Sequence[int], work: Callable[[int], T], lim
                 try:
                     done, what = pipes[rank].recv()
                 except EOFError:
-                    done, what = False, f"device {devices[rank]} ended without a word"
+                    processes[rank].join(5)
+                    done, what = False, f"device {devices[rank]} ended with {processes[rank].exitcode} and no word"
                 if not done:
                     raise RuntimeError(what)
                 made[rank] = what
