@@ -1,9 +1,9 @@
 """Tensor-parallel LoRA as in JoRA (JAX), re-implemented on torch: every layer split by heads and inner features.
 
-Projections into heads and inner features are split by their outputs, those out of them by their inputs, and their A and B
-likewise; what they share (A of the former, B of the latter) has its gradients summed at the end of an update. Hidden
-states are summed after attention and MLP in forward, their gradients before them in backward. Shares are equal, as
-sharded arrays have them. Embedding and head are taken to be split for nothing.
+Projections into heads and inner features are split by their outputs, those out of them by their inputs, and so are
+their A and B; what they share (A of the former, B of the latter) has its gradients summed at the end of an update.
+Hidden states are summed after attention and MLP in forward, their gradients before them in backward. Shares are equal,
+as sharded arrays have them. Embedding and head are taken to be split for nothing.
 """
 
 from __future__ import annotations

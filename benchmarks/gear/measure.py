@@ -13,7 +13,6 @@ from functools import partial
 from statistics import median
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from model import BYTES, Setting
 from padding import Device

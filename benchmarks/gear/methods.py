@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import rivals
 from configurations import Configuration
-from measure import Make, Measured, measure
+from measure import Make, measure
 from model import Setting
 from ours import Planned
 from testbed import Network
@@ -57,6 +58,7 @@ class Row:
         predicted, simulated: seconds of all updates, by the planner's cost model and by the simulator; 0 for no plan.
         lacks: the device that has too little memory for it, and how much it would need; "" if all have enough.
         exchange: seconds, once, to give trained slices to all devices.
+        step_ratio, ratio: to exact's step, and to all its updates; 0 where that was not measured.
         late: the most seconds that an emulated device was behind its profile.
         apart: the largest relative difference of gradients.
         failed: why there is no measurement.
@@ -76,6 +78,8 @@ class Row:
     simulated: float = 0.0
     lacks: str = ""
     exchange: float = 0.0
+    step_ratio: float = 0.0
+    ratio: float = 0.0
     late: float = 0.0
     apart: float = 0.0
     failed: str = ""
@@ -96,6 +100,7 @@ def run(
     try:
         m = measure(net, setting, reader, reference, method.devices, method.make)
     except RuntimeError as e:
+        print(e, file=sys.stderr)
         return replace(row, failed=str(e).strip())
     plan = method.plan
     return replace(
@@ -111,6 +116,14 @@ def run(
         late=m.late,
         apart=m.worst,
     )
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """Rows with their ratios to exact."""
+    exact = next((r for r in rows if r.method == "exact" and not r.failed), None)
+    if exact is None:
+        return list(rows)
+    return [replace(r, step_ratio=r.step / exact.step, ratio=r.seconds / exact.seconds) for r in rows]
 
 
 def _lacks(problem: Problem, memory: Mapping[str, float]) -> str:
@@ -132,17 +145,25 @@ def by_plan(plan: Plan) -> Method:
 
 def _said(g: Group) -> str:
     cuts = " ".join(f"{p.device}:{p.start}-{p.stop}" for p in g.trainers)
-    ahead = {"none": "", "local": f", cached from {g.cut}", "streamed": f", {'+'.join(p.device for p in g.prefix)} ahead to {g.cut}"}
+    ahead = {
+        "none": "",
+        "local": f", cached from {g.cut}",
+        "streamed": f", {'+'.join(p.device for p in g.prefix)} ahead to {g.cut}",
+    }
     kept = " (cached)" if g.cache and g.ahead == "streamed" else ""
     return f"{g.form} k={g.size} {cuts}{ahead[g.ahead]}{kept}"
 
 
 def _planned(problem: Problem, group: Group) -> Plan:
     """A plan of one group, by hand."""
-    stage = PlannedStage(groups=(PlannedGroup(group=paced(problem, group), predicted=predict(problem, group)),), exchange=0, seconds=0)
+    stage = PlannedStage(
+        groups=(PlannedGroup(group=paced(problem, group), predicted=predict(problem, group)),), exchange=0, seconds=0
+    )
     seconds = stage.groups[0].predicted.seconds
     stage = stage.model_copy(update={"seconds": seconds})
-    return Plan(planner="by hand", fleet=problem.fleet.name, model="", units=problem.units, stages=(stage,), seconds=seconds)
+    return Plan(
+        planner="by hand", fleet=problem.fleet.name, model="", units=problem.units, stages=(stage,), seconds=seconds
+    )
 
 
 def _pipeline(problem: Problem, stages: Stages, k: int) -> Group:
@@ -202,13 +223,17 @@ def _whole(problem: Problem, devices: Sequence[str]) -> dict[str, float]:
     return {d: problem.memory(Part(device=d, start=0, stop=problem.units), list(problem.loads), 1, 1) for d in devices}
 
 
-def _stock(kind: type[ScheduleGPipe] | type[Schedule1F1B], cuts: Callable[[Setting], Group], setting: Setting) -> Method:
+def _stock(
+    kind: type[ScheduleGPipe] | type[Schedule1F1B], cuts: Callable[[Setting], Group], setting: Setting
+) -> Method:
     g, p = cuts(setting), setting.problem
     stages = [(t.device, t.start, t.stop) for t in g.trainers]
     n, micro = len(stages), setting.tasks * setting.batch // g.size
     flying = [micro if kind is ScheduleGPipe else min(n - i, micro) for i in range(n)]
     memory = {t.device: p.memory(t, g.tasks, g.size, f) for t, f in zip(g.trainers, flying, strict=True)}
-    return Method(tuple(d for d, *_ in stages), partial(rivals.Pipeline, kind=kind, stages=stages, k=g.size), _said(g), memory)
+    return Method(
+        tuple(d for d, *_ in stages), partial(rivals.Pipeline, kind=kind, stages=stages, k=g.size), _said(g), memory
+    )
 
 
 def _zero(stage: int, setting: Setting) -> Method:
@@ -217,7 +242,9 @@ def _zero(stage: int, setting: Setting) -> Method:
     ddp, n, problem = _ddp(True, setting), len(setting.fleet.devices), setting.problem
     frozen = sum(u.weights for u in problem.any_profile.units) * (1 - 1 / n) if stage == 3 else 0.0
     memory = {d: needed - frozen for d, needed in ddp.memory.items()}
-    how = ddp.how.split(", buckets")[0] + ("; frozen weights on the wire are the thin model's: a lower bound" if stage == 3 else "")
+    how = ddp.how.split(", buckets")[0] + (
+        "; frozen weights on the wire are the thin model's: a lower bound" if stage == 3 else ""
+    )
     return Method(ddp.devices, partial(Zero, stage=stage, by_speed=True), how, memory)
 
 

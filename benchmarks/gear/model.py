@@ -2,9 +2,9 @@
 
 What crosses the network is real: hidden states at a cut, and gradients of the slices, in 1/BYTES of the real model's
 bytes. What computes is thin (attention and MLP of a few features), so that it is done long before the time that the
-profile says, divided by `Setting.scale`; `padding` sleeps for the rest. The medium's rate is scaled by both, so that all
-ratios are the real ones, and what is measured is given in the real model's seconds and bytes. 32 layers are merged to
-BLOCKS units.
+profile says, divided by `Setting.scale`; `padding` sleeps for the rest. The medium's rate is scaled by both, so that
+all ratios are the real ones, and what is measured is given in the real model's seconds and bytes. 32 layers are merged
+to BLOCKS units.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import Stage
 from contextlora.training.prefix import FrozenPrefix
 
-BLOCKS, TOKENS, ANSWER, HIDDEN, HEADS, INNER, WORDS = 8, 16, 2, 1008, 12, 12, 64
+BLOCKS, TOKENS, ANSWER, HIDDEN, HEADS, INNER, WORDS = 8, 15, 2, 1008, 12, 12, 64
 RANKS = 32  # of the real model's slices together
 REAL = synthetic(LLAVA_7B, flops=1e13, ranks=RANKS)  # a device of speed 1
 BYTES = REAL.cut / (TOKENS * HIDDEN * 4)
@@ -89,7 +89,7 @@ class Setting:
     @cached_property
     def examples(self) -> list[Example]:
         """As many as there are updates; every task is asked about each."""
-        answers = {t: ("?",) for t in self.graph.names}
+        answers = dict.fromkeys(self.graph.names, ("?",))
         count = self.batch * self.updates
         return [Example(id=str(i), image=None, answers=answers, questions={}, split="train") for i in range(count)]
 

@@ -45,7 +45,9 @@ class Planned:
                 rows = self.setting.graph.block(task)
                 for side in "AB":
                     mine, whole = layer.learning[f"{task}_{side}"].grad, reference[f"{path}.{side}"]
-                    if mine is not None:  # else another device's layer; the runtime itself asserts that it has all of its own
+                    if (
+                        mine is not None
+                    ):  # else another device's layer; the runtime itself asserts that it has all of its own
                         wanted = whole[rows.start : rows.stop]
                         worst = max(worst, float((mine - wanted).abs().max() / whole.abs().max()))
         return worst

@@ -106,9 +106,7 @@ def padded(run: Callable[..., Any], device: Device, unit: int, lowest: int, part
     return forward
 
 
-def emulate(
-    model: Any, device: Device, *, inputs: bool = True, remember: bool = False, layers: bool = True
-) -> None:
+def emulate(model: Any, device: Device, *, inputs: bool = True, remember: bool = False, layers: bool = True) -> None:
     """Pads a causal LM's embedding, decoder layers and output head, in place.
 
     Args:
@@ -133,5 +131,3 @@ def emulate(
 
     model.model.embed_tokens.forward = embedded
     model.lm_head.forward = padded(model.lm_head.forward, device, len(stack) + 1, lowest)
-
-

@@ -1,6 +1,7 @@
 """Passes packets between the TUN devices of all namespaces: one half-duplex medium of a rate, with a delay.
 
-relay.py COUNT RATE DELAY   (devices, bit/s, seconds). Prints "up" when it is. Packets of 9,000 bytes, so that Python keeps up.
+relay.py COUNT RATE DELAY (devices, bit/s, seconds) prints "up" when it is. Packets of 9,000 bytes, so that Python keeps
+up.
 """
 
 from __future__ import annotations

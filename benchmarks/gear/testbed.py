@@ -1,12 +1,12 @@
 """Emulated devices on one machine: processes in network namespaces on one slow medium, really talking to each other.
 
-`isolate` puts the whole program in namespaces of its own, where it may set up any network and where nothing outlives it:
-the kernel takes namespaces, interfaces and processes away with it, however it ends. It takes root, or a kernel that lets
-users have namespaces of their own. `network` then sets up one of
+`isolate` puts the whole program in namespaces of its own, where it may set up any network and where nothing outlives
+it: the kernel takes namespaces, interfaces and processes away with it, however it ends. It takes root, or a kernel that
+lets users have namespaces of their own. `network` then sets up one of
 
 * medium: one half-duplex medium that all share: an HTB class on an IFB that every bridge port's ingress goes through;
 * links: a rate for each pair and direction: an HTB class per peer where packets leave a device;
-* relay: the same medium with a delay, by a process that passes packets between TUN devices, since kernels often lack netem;
+* relay: the same medium with a delay, by a process that passes packets between TUN devices: kernels often lack netem;
 * paced: where none of that is allowed, plain loopback, its sockets paced one by one (SO_MAX_PACING_RATE): a link of its
   own for each pair and direction, without delay. `Network.how` says which.
 """
@@ -19,6 +19,7 @@ import multiprocessing.connection
 import os
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def isolate() -> str:
     if tried.returncode:
         return f"not root, and no namespaces for users here ({tried.stderr.strip()})"
     sys.stdout.flush()
-    os.execvpe(apart[0], [*apart, sys.executable, *sys.argv], {**os.environ, INSIDE: "1"})
+    return os.execvpe(apart[0], [*apart, sys.executable, *sys.argv], {**os.environ, INSIDE: "1"})
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,15 @@ class Network:
 
 def _sockets() -> Iterator[socket.socket]:
     """This process's connected TCP sockets."""
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208  numbers, not files
         try:
-            s = socket.socket(fileno=os.dup(int(fd)))
-        except OSError:  # closed since, or no socket
-            continue
-        with s:
-            try:
-                if s.type == socket.SOCK_STREAM and s.getpeername()[0:1] and s.family in (socket.AF_INET, socket.AF_INET6):
-                    yield s
-            except OSError:  # it listens
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
                 continue
+            with socket.socket(fileno=os.dup(fd)) as s:
+                if s.type == socket.SOCK_STREAM and s.family in (socket.AF_INET, socket.AF_INET6) and s.getpeername():
+                    yield s
+        except OSError:  # closed since, or it listens
+            continue
 
 
 @contextmanager
@@ -204,7 +203,7 @@ def together(net: Network, devices: Sequence[int], work: Callable[[int], T], lim
     Processes are forked, so that libraries are loaded once.
 
     Raises:
-        RuntimeError: with the first process's traceback, when one has failed; the others are ended. Also after `limit` s.
+        RuntimeError: with the first traceback, when a process has failed; the others are ended. Also after `limit` s.
     """
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO-1 and ZeRO-3 on the slices, and its PipelineModule. On gloo, with PyTorch's own AdamW: nothing compiles."""
+"""DeepSpeed: ZeRO-1 and ZeRO-3 on the slices, and its PipelineModule; on gloo, with torch's AdamW: nothing compiles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from model import ANSWER, Setting
+from model import Setting
 from padding import Device
 from plain import apart, loss, tensors
 from rivals import Alone, shares
@@ -23,7 +23,9 @@ def deepspeed() -> Any:
     """The library, on CPU; only where it is asked for."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed as library
+    from deepspeed.comm import torch as backend
 
+    backend.build_shm_op = lambda: None  # shared memory is not what is measured, and it would be compiled for a minute
     library.init_distributed(dist_backend="gloo", verbose=False)
     return library
 
@@ -36,10 +38,22 @@ class Zero(Alone):
         library = deepspeed()
         self.count, self.by_speed = len(setting.fleet.devices), by_speed
         self.place = list(setting.fleet.devices).index(device.name)
-        divided = {"stage": stage, "overlap_comm": False, "contiguous_gradients": False, "stage3_param_persistence_threshold": 0}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": divided, "zero_allow_untested_optimizer": True}
+        divided = {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+            "stage3_param_persistence_threshold": 0,
+        }
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": divided,
+            "zero_allow_untested_optimizer": True,
+        }
         self.engine, *_ = library.initialize(
-            model=self.loss, model_parameters=list(self.parameters.values()), optimizer=self.optimizer, config={**config, **QUIET}
+            model=self.loss,
+            model_parameters=list(self.parameters.values()),
+            optimizer=self.optimizer,
+            config={**config, **QUIET},
         )
 
     def gradients(self, update: int) -> None:
@@ -79,7 +93,7 @@ class _Unit(nn.Module):
         self.passed += 1
         rival.mask.now, rival.device.samples = rival.mask.rows[tasks], len(ids)
         if self.embed is not None:
-            return self.embed(x)
+            return self.embed(x).requires_grad_()  # it wants a gradient to come back to every stage
         if self.layer is not None:
             return self.layer(x, position_embeddings=self.rotary(x, torch.arange(x.shape[1])[None]))
         return loss(rival.setting, rival.model, self.norm(x), ids)
@@ -103,10 +117,13 @@ class Pipe(Alone):
             partition_method="uniform",
         )
         self.learn(module.parameters())
-        self.optimizer = torch.optim.SGD(self.parameters.values(), lr=1.0)
+        self.optimizer = torch.optim.SGD(self.optimizer.param_groups[0]["params"], lr=1.0)
         config = {"train_micro_batch_size_per_gpu": k, "gradient_accumulation_steps": count}
         self.engine, *_ = library.initialize(
-            model=module, model_parameters=list(self.parameters.values()), optimizer=self.optimizer, config={**config, **QUIET}
+            model=module,
+            model_parameters=self.optimizer.param_groups[0]["params"],
+            optimizer=self.optimizer,
+            config={**config, **QUIET},
         )
         self.data = iter([(ids, ids) for ids, _ in self.micro] * 2)
 
