@@ -241,6 +241,7 @@ def together(net: Network, devices: Sequence[int], work: Callable[[int], T], lim
 
 def _one(net: Network, device: int, rank: int, work: Callable[[int], Any], told: Any) -> None:
     try:
+        os.dup2(2, 1)  # libraries chat; what a program prints is its parent's
         net.enter(device)
         told.send((True, work(rank)))
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 
 from contextlora.models.inputs import ImageFeatures
 
-QUIET = {"steps_per_print": 1 << 30, "wall_clock_breakdown": False}
+QUIET = {"steps_per_print": 1 << 30, "gradient_clipping": 0.0, "wall_clock_breakdown": False}
 
 
 def deepspeed() -> Any:
     """The library, on CPU; only where it is asked for."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed as library
-    from deepspeed.comm import torch as backend
 
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None  # shared memory is not what is measured, and it would be compiled for a minute
     library.init_distributed(dist_backend="gloo", verbose=False)
     return library
