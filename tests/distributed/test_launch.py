@@ -198,7 +198,14 @@ def together(tmp_path, words, stages, dtype, resume=False, **config):
     return {d: load_file(tmp_path / f"{d}.safetensors") for d in made.devices}
 
 
-@pytest.mark.parametrize("name", [*SINGLE, *TOP, *PIPELINES, *PIPELINES_ABOVE])
+ALWAYS = ("data, uneven", "streamed", "two, uneven", "three, odd sizes", "local cache")  # the others take a minute more
+
+
+def marked(names, always=ALWAYS):
+    return [n if n in always else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", marked([*SINGLE, *TOP, *PIPELINES, *PIPELINES_ABOVE]))
 def test_every_division_ends_where_one_process_does(tmp_path, words, name):
     layers = "all" if name in {**SINGLE, **PIPELINES} else "2-2"
     config = {"epochs": 2, "batch_size": 3, "lr": 1e-2, "layers": layers, "weight_decay": 0.1}
@@ -210,7 +217,7 @@ def test_every_division_ends_where_one_process_does(tmp_path, words, name):
     assert (tmp_path / "adapter" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["data, uneven", "streamed"])
+@pytest.mark.parametrize("name", marked(["data, uneven", "streamed"], ("streamed",)))
 def test_prerequisites_answers_are_asked_in_shares_and_told_to_all(tmp_path, words, name):
     config = {"epochs": 1, "batch_size": 3, "lr": 1e-2, "layers": "all" if name in SINGLE else "2-2"}
     silent = alone(words, tmp_path / "silent", torch.float64, **config)

@@ -96,6 +96,7 @@ def test_three_processes_end_with_the_bytes_of_the_simulation(home):
         assert (home / "three" / name / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_device_is_done_without_and_rejoins(home):
     text = (home / "federation.yaml").read_text()
     changed = {**yaml.safe_load(text), "name": "killed", "rounds": 40}
