@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from configurations import Configuration
-from methods import OURS, Row
+from methods import OURS, Row, valid
 
 
 def markdown(configuration: Configuration, rows: Sequence[Row]) -> str:
@@ -44,12 +44,14 @@ def _line(r: Row) -> str:
     off = [f"{x:.1f} ({100 * (x / r.seconds - 1):+.1f} %)" if x else "" for x in (r.predicted, r.simulated)]
     step = f"{r.step:.2f} ({r.least:.2f}, {r.steps})"
     name = f"{r.method} (does not fit)" if r.lacks else r.method
+    name += "" if valid(r) else " (INVALID: machine too busy)"
     return (
         f"| {name} | {step} | {r.seconds:.1f} | {r.gigabytes:.2f} | {' | '.join(ratio)} | {' | '.join(off)} | {r.how} |"
     )
 
 
 def _verdict(rows: Sequence[Row]) -> list[str]:
+    rows = [r for r in rows if valid(r)]
     exact = next((r for r in rows if r.method == "exact"), None)
     others = [r for r in rows if r.method not in OURS]
     if exact is None or not others:
