@@ -19,15 +19,14 @@ from torch import Tensor
 
 from contextlora.graph import TaskGraph
 from contextlora.lora.layer import GatedLinear
-from contextlora.lora.sharing import Phase, Plan, own_alone
+from contextlora.lora.sharing import Phase, Plan, levels, own_alone
 
 
 def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """The tasks of a level side by side, each in its own block; what they copy was trained in the levels before."""
     sharing = own_alone(graph)
-    levels = ([t for t in level if t in tasks] for level in graph.levels())
     phases = (
-        Phase(tuple((t,) for t in level), sharing, prepare=partial(copy, tasks=level)) for level in levels if level
+        Phase(tuple((t,) for t in level), sharing, prepare=partial(copy, tasks=level)) for level in levels(graph, tasks)
     )
     return Plan(tuple(phases), sharing)
 

@@ -17,14 +17,13 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import GatedLinear
-from contextlora.lora.sharing import Phase, Plan, along_graph, own_alone
+from contextlora.lora.sharing import Phase, Plan, along_graph, levels, own_alone
 
 
 def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """As ContextLoRA trains with everything below frozen."""
     sharing = along_graph(graph, 1.0)
-    levels = ([t for t in level if t in tasks] for level in graph.levels())
-    return Plan(tuple(Phase(tuple((t,) for t in level), sharing) for level in levels if level), sharing)
+    return Plan(tuple(Phase(tuple((t,) for t in level), sharing) for level in levels(graph, tasks)), sharing)
 
 
 def low(seed: int) -> Make:

@@ -18,7 +18,7 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import GatedLinear
-from contextlora.lora.sharing import Phase, Plan, Sharing, own_alone
+from contextlora.lora.sharing import Phase, Plan, Sharing, levels, own_alone
 
 SPEED = 25.0  # times the configured rate; at 0.002 Adam then moves a scale by up to 0.05 an update
 
@@ -28,8 +28,7 @@ def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     own = own_alone(graph)
     learns = {t: {**own.learns[t], _scales(t): 1} for t in graph.names}
     sharing = Sharing(own.active, learns)
-    levels = ([t for t in level if t in tasks] for level in graph.levels())
-    return Plan(tuple(Phase(tuple((t,) for t in level), sharing) for level in levels if level), sharing)
+    return Plan(tuple(Phase(tuple((t,) for t in level), sharing) for level in levels(graph, tasks)), sharing)
 
 
 def layers(seed: int) -> Make:

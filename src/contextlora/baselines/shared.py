@@ -18,7 +18,7 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import GateState
 from contextlora.lora.layer import GatedLinear, first_values
-from contextlora.lora.sharing import Phase, Plan, Sharing, along_graph
+from contextlora.lora.sharing import Phase, Plan, Sharing, along_graph, levels
 
 OWNER = "shared block"
 
@@ -33,11 +33,11 @@ def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     if poor := [t for t in tasks if graph.rank_of(t) < 2]:
         raise ConfigError("E117", f"'{poor[0]}' has one rank and would give it to the shared block; raise `rank`")
     literal = along_graph(graph, 1.0)
-    levels = [level for level in ([t for t in level if t in tasks] for level in graph.levels()) if level]
+    mine = levels(graph, tasks)
     learns = {t: {t: graph.rank_of(t) - 1} for t in graph.names}
     sharing = Sharing(literal.active, learns)
-    first = Sharing(literal.active, {**learns, levels[0][0]: {**learns[levels[0][0]], OWNER: 1}})
-    phases = (Phase(tuple((t,) for t in level), first if level is levels[0] else sharing) for level in levels)
+    first = Sharing(literal.active, {**learns, mine[0][0]: {**learns[mine[0][0]], OWNER: 1}})
+    phases = (Phase(tuple((t,) for t in level), first if level is mine[0] else sharing) for level in mine)
     return Plan(tuple(phases), sharing)
 
 

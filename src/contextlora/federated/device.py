@@ -53,7 +53,7 @@ def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, s
             if peer.round > before:
                 save_peer(peer, out / "kept")
                 loss = sum(peer.losses) / len(peer.losses)
-                refused = dict(peer.refused + fabric.refused)
+                refused = dict(peer.refused + fabric.refused + mail.refused)
                 clusters = [list(group) for group in peer.clustering.groups]
                 numbers = {"loss": loss, "clusters": clusters, "refused": refused, "goodput": dict(fabric.goodput())}
                 watch.log(peer.round - 1, numbers)

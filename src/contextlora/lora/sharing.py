@@ -62,16 +62,21 @@ def trainable_ranks(graph: TaskGraph, task: str, frozen_ratio: float | None = No
     return {p: n for p, n in {**partly, task: graph.rank_of(task)}.items() if n}
 
 
+def levels(graph: TaskGraph, tasks: Iterable[str]) -> list[list[str]]:
+    """The graph's levels S_1..S_L of these tasks alone, those without any left out."""
+    wanted = set(tasks)
+    return [mine for level in graph.levels() if (mine := [t for t in level if t in wanted])]
+
+
 def stages(graph: TaskGraph, tasks: Iterable[str], config: TrainConfig) -> list[list[str]]:
     """The tasks that train together along the graph, stage after stage.
 
     With `schedule: level` these are the levels S_1..S_L. With `sequential`, and in a level where delta > 0 lets two
     tasks tune ranks of the same prerequisite, one task at a time in declared order (Algorithm 1).
     """
-    wanted = set(tasks)
     learns = along_graph(graph, config.frozen_ratio).learns
     plan: list[list[str]] = []
-    for level in filter(None, ([t for t in level if t in wanted] for level in graph.levels())):
+    for level in levels(graph, tasks):
         owners = [o for t in level for o in learns[t]]
         together = config.schedule == "level" and len(owners) == len(set(owners))
         plan += [level] if together else [[t] for t in level]
