@@ -15,6 +15,7 @@ from contextlora.federated.identity import Peer as Known
 from contextlora.federated.keep import load_peer, save_peer
 from contextlora.federated.layer import export, load_slice
 from contextlora.federated.peer import Peer
+from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Bundles, Exchange, Rounds, Slot, place, rounds
 from contextlora.federated.simulate import channel_of, graph_of_devices, open_reader, shares
 from contextlora.training import checkpoint
@@ -157,5 +158,6 @@ def open_device(settings: Federation, identity: Identity, peers: Mapping[str, Kn
     reader = open_reader(settings, graph)
     prefix = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     known = {peers[n].key: n for n in settings.devices}
-    mine, channel = shares(settings, identity.name)[identity.name], channel_of(settings)
-    return Peer(identity.name, settings, reader, mine, identity.key, known, channel, prefix)
+    mine = shares(settings, identity.name)[identity.name]
+    planner = Planner(channel_of(settings), settings.limits)
+    return Peer(identity.name, settings, reader, mine, identity.key, known, planner, prefix)

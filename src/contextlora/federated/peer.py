@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +16,13 @@ from contextlora.data.records import Example
 from contextlora.errors import PeerError
 from contextlora.federated.aggregate import Held, Update, strategy
 from contextlora.federated.calibration import calibrate
-from contextlora.federated.channel import Channel
-from contextlora.federated.cluster import Clustering, cluster
+from contextlora.federated.cluster import Clustering
 from contextlora.federated.codec import Codec
 from contextlora.federated.federation import Federation
 from contextlora.federated.layer import load_slice, sparse_layers
 from contextlora.federated.local import Local, first_batches, local_run
 from contextlora.federated.mailbox import Inbox, Message, Outbox, Row, send_row
+from contextlora.federated.planner import Gateways, Planner
 from contextlora.federated.protocol import Bundles, Slot, unbundle
 from contextlora.federated.routing import pooled_prompts
 from contextlora.federated.slices import Layer, Mask, Slice
@@ -61,7 +60,7 @@ class Peer:
         examples: this device's data.
         key: its own.
         known: names of all devices by public key.
-        channel: what clusters are planned over; the same numbers on every device.
+        planner: finds clusters; over the same channel on every device.
         prefix: activations of frozen layers, kept from round to round.
 
     Attributes:
@@ -69,7 +68,7 @@ class Peer:
         local: its own slice and optimizer.
         held: the adapters it has, its own among them.
         means: what the prompts of each device look like, by device.
-        clustering: of this round.
+        clustering, gateways: of this round.
         losses: of its last local updates.
         refused: messages that were not let in, by error code, and bundles that could not be read.
     """
@@ -82,11 +81,11 @@ class Peer:
         examples: Sequence[Example],
         key: Ed25519PrivateKey,
         known: Mapping[bytes, str],
-        channel: Channel,
+        planner: Planner,
         prefix: FrozenPrefix | None = None,
     ):
         self.name, self.settings, self.reader, self.examples = name, settings, reader, examples
-        self.key, self.channel = key, channel
+        self.key, self.planner = key, planner
         asked = settings.total_updates * settings.train.batch_size * settings.train.accumulate
         self.prefix = prefix if asked > len(examples) else None  # it pays from the second look at a sample on
         self.task = settings.devices[name].task
@@ -107,6 +106,7 @@ class Peer:
         self.bits = 0
         self.local: Local
         self.clustering: Clustering
+        self.gateways: Gateways = {}
 
     # --- its own slice -------------------------------------------------------------------------------------------
 
@@ -186,8 +186,9 @@ class Peer:
                 continue
             latest = max(latest, message.header.round)
         self.round = min(latest, self.settings.rounds - 1)
-        members = (row.member(name, self.sizes[row.task]) for name, row in self.table.items())
-        self.clustering = cluster(members, self.channel, self.settings.limits, self.round)
+        members = frozenset(row.member(name, self.sizes[row.task]) for name, row in self.table.items())
+        self.clustering = self.planner.clusters(self.round, members)
+        self.gateways = self.planner.gateways(self.round, members) if self.exchanges else {}
 
     def _note(self, name: str, task: str, row: Row) -> None:
         if "mean" in row:
@@ -208,18 +209,6 @@ class Peer:
         """Whether clusters exchange what they have in this round."""
         return (self.round + 1) % self.settings.exchange_every == 0
 
-    def gateways(self) -> dict[tuple[int, int], tuple[str, str]]:
-        """For each ordered pair of clusters, the two devices that need the least power, then time, to talk."""
-        groups, found = self.clustering.groups, dict[tuple[int, int], tuple[str, str]]()
-        for i, j in product(range(len(groups)), repeat=2):
-            if i != j:
-                found[i, j] = min(product(groups[i], groups[j]), key=self._cost)
-        return found
-
-    def _cost(self, pair: tuple[str, str]) -> tuple[float, float, tuple[str, str]]:
-        power, seconds = self.channel.demands(self.round, pair, [self.table[n].bits for n in pair])
-        return float(power[0]), float(seconds[0]), pair
-
     # --- messages --------------------------------------------------------------------------------------------------
 
     def sends(self, slot: Slot) -> Sends:
@@ -233,7 +222,7 @@ class Peer:
         if slot == "inward":
             passed = [m for name in sorted(self.passed) for m in self.passed[name]]
             return [(mates, passed)] if mates and passed else []
-        pairs = self.gateways().items()
+        pairs = self.gateways.items()
         return [((b,), self._all_of(group, j)) for (i, j), (a, b) in pairs if i == index and a == self.name]
 
     def expects(self, slot: Slot) -> frozenset[str]:
@@ -241,7 +230,7 @@ class Peer:
         group = self._group()
         if slot == "slices":
             return frozenset(group) - {self.name}
-        index, pairs = self.clustering.groups.index(group), self.gateways().items()
+        index, pairs = self.clustering.groups.index(group), self.gateways.items()
         if slot == "across":
             return frozenset(a for (_, j), (a, b) in pairs if j == index and b == self.name)
         return frozenset(b for (_, j), (_, b) in pairs if j == index) - {self.name}

@@ -20,6 +20,7 @@ from contextlora.federated.keep import load_peer, save_peer
 from contextlora.federated.layer import export, layers, load_slice
 from contextlora.federated.live import live
 from contextlora.federated.peer import Peer
+from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Rounds, rounds
 from contextlora.federated.trace import MeasuredChannel
 from contextlora.federated.wire import public_key
@@ -59,6 +60,7 @@ def simulate(
     """
     reader = reader or open_reader(settings, graph_of_devices(settings))
     channel, out = channel_of(settings), Path(settings.out)
+    planner = Planner(channel, settings.limits)
     keys = {name: simulated_key(settings, name) for name in settings.devices}
     known = {public_key(key): name for name, key in keys.items()}
     prefix, data = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30)), shares(settings)
@@ -67,7 +69,7 @@ def simulate(
 
     def start(name: str) -> Rounds:
         """A device that begins, or that comes back with what it has kept."""
-        peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, channel, prefix)
+        peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, planner, prefix)
         told[name] = Counter()
         if not load_peer(peer, _kept(out, name)):
             peer.calibrate()
