@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import Make
+from contextlora.lora.attach import Make, layers_of
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import GatedLinear
 from contextlora.lora.sharing import Phase, Plan, Sharing, levels, own_alone
@@ -33,11 +33,7 @@ def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
 def layers(seed: int) -> Make:
     """What `attach` needs to put gated layers with learned scales on a model."""
-
-    def make(found: Mapping[str, nn.Module], state: GateState) -> Mapping[str, ScaledLinear]:
-        return {path: ScaledLinear(m, state, path, seed=seed) for path, m in found.items()}
-
-    return make
+    return layers_of(ScaledLinear, seed=seed)
 
 
 def _scales(task: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from contextlora.baselines.beside import SCALE
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import Make
+from contextlora.lora.attach import Make, layers_of
 from contextlora.lora.gates import GateState
 from contextlora.lora.layer import GatedLinear, first_values
 from contextlora.lora.sharing import Phase, Plan, Sharing, along_graph, levels
@@ -43,11 +43,7 @@ def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
 
 def layers(seed: int) -> Make:
     """What `attach` needs to put gated layers with a shared block on a model."""
-
-    def make(found: Mapping[str, nn.Module], state: GateState) -> Mapping[str, SharedLinear]:
-        return {path: SharedLinear(m, state, path, seed=seed) for path, m in found.items()}
-
-    return make
+    return layers_of(SharedLinear, seed=seed)
 
 
 class SharedLinear(GatedLinear):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from contextlora.errors import PeerError
 from contextlora.federated.projection import projection
 from contextlora.federated.slices import Layer, Mask, Slice
-from contextlora.lora.attach import Make, graph_of
+from contextlora.lora.attach import Make, graph_of, layers_of
 from contextlora.lora.export import CONFIG, node, peft_files, peft_targets
 from contextlora.lora.folder import write_folder
 from contextlora.lora.gates import GateState
@@ -119,11 +119,7 @@ class SparseLinear(GatedLinear):
 
 def layers(seed: int, dtype: torch.dtype = torch.float32) -> Make:
     """What `attach` needs to put sparse layers on a model; all devices of a federation share the seed."""
-
-    def make(found: Mapping[str, nn.Module], state: GateState) -> dict[str, SparseLinear]:
-        return {path: SparseLinear(m, state, path, seed=seed, dtype=dtype) for path, m in found.items()}
-
-    return make
+    return layers_of(SparseLinear, seed=seed, dtype=dtype)
 
 
 def sparse_layers(model: nn.Module) -> dict[Layer, SparseLinear]:

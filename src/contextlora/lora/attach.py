@@ -64,14 +64,17 @@ def attach(
     if not found:
         raise AdapterError("E302", "no linear layer to attach to", where=prefix)
     model.requires_grad_(False)
-    made = (
-        make(found, state) if make else {p: GatedLinear(m, state, p, seed=seed, dtype=dtype) for p, m in found.items()}
-    )
-    for path, layer in made.items():
+    make = make or layers_of(GatedLinear, seed=seed, dtype=dtype)
+    for path, layer in make(found, state).items():
         model.set_submodule(path, layer)
     model.contextlora_state = state  # type: ignore[assignment]
     model.tasks = partial(_tasks, model)  # type: ignore[assignment]
     return model
+
+
+def layers_of(kind: Callable[..., AdaptedLinear], **given: object) -> Make:
+    """What `attach` needs to put layers of one kind on a model, all built with `given`."""
+    return lambda found, state: {path: kind(base, state, path, **given) for path, base in found.items()}
 
 
 def _only(found: dict[str, nn.Module], targets: Sequence[str]) -> dict[str, nn.Module]:
