@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
 from contextlora.data.collate import Batch, collate
 from contextlora.errors import RunError
-from contextlora.gear.runtime import Team, TeamStage, micro_batches
+from contextlora.gear.runtime import Team, TeamStage, active, micro_batches
 from contextlora.gear.schedule import pipeline_csv
 from contextlora.lora.attach import decoder_layers
 from contextlora.models.inputs import answer_nll
@@ -41,12 +41,13 @@ class PipelineTeamStage(TeamStage):
         stack = decoder_layers(self.model)[1]
         self.first, self.stop = max(0, self.part.start - 1), min(self.part.stop - 1, len(stack))
         mine = {id(p) for layer in stack[self.first : self.stop] for p in layer.parameters() if p.requires_grad}
+        self.places = {r.name: [i for i, p in enumerate(r.parameters) if id(p) in mine] for r in self.runs}
         self.runs = [_only(r, mine) for r in self.runs]
         self.lowest = lowest_block(self.model)
 
     def update(self, update: int) -> dict[str, float]:
         """As in a single process; each trainer steps its own layers' ranks, clipped by the norm over all."""
-        runs = [r for r in self.runs if update < r.total]
+        runs = active(self.runs, update, self.done)
         losses = self._gradients(runs, update)
         norms = self._norms(runs, losses, update)
         for r in runs:
