@@ -2,8 +2,8 @@
 
     python benchmarks/gear/scaling.py [--csv FILE] [--figure FILE.svg] [--models NAME ...] [--devices N ...]
 
-Profiles are synthetic, computed from the shapes of LLaVA-1.5-7B and -13B; so are the devices' speeds. Nothing is run but
-planners and the simulator. The training is that of the vehicles' graph: three roots, then one task. See docs/gear.md.
+Profiles are synthetic, computed from the shapes of LLaVA-1.5-7B and -13B; so are the devices' speeds. Nothing is run
+but planners and the simulator. The training is that of the vehicles' graph: three roots, then one task.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NETWORKS = {
 }
 TRAIN = TrainConfig(epochs=2, batch_size=8, layers="top 1/2")
 SAMPLES = 1200
-COUNTS = (1, 2, 4, 8, 10, 16, 32, 64)
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
 MODELS = ("llava-7b", "llava-13b")
 Make = Callable[[Problem], Plan]
 
@@ -222,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with asked.csv.open("w", newline="") as f:
                 table = csv.DictWriter(f, list(asdict(rows[0])))
                 table.writeheader()
-                table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows)
+                table.writerows(
+                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows
+                )
     print(markdown(rows))
     if asked.figure:
         figure(rows).savefig(asked.figure)

@@ -17,7 +17,7 @@ from contextlora.training.session import measure, open_session
 from contextlora.training.whole import run_training
 from processes import NOTHING, environment
 
-TRAIN = {"epochs": 1, "batch_size": 4, "lr": 2e-3, "layers": "top 1/3", "context": "gold", "checkpoint_every": 8}
+TRAIN = {"epochs": 1, "batch_size": 4, "lr": 2e-3, "layers": "top 1/3", "context": "gold", "checkpoint_every": 4}
 LAYERS, CUT = 30, 21  # SmolLM2-135M: 32 units, the first with blocks is 21
 ROOTS, CHILD = ("vehicles", "weather", "road"), ("strategy",)
 
@@ -60,8 +60,8 @@ def config(folder, out):
 
 @pytest.mark.slow
 def test_three_processes_train_the_scene_as_one_does(tmp_path):
-    """20 updates of the three roots, then 20 of the strategy, in float32."""
-    build("iov", tmp_path / "data", train=80, valid=4, test=40, seed=1)
+    """10 updates of the three roots, then 10 of the strategy, in float32."""
+    build("iov", tmp_path / "data", train=40, valid=4, test=24, seed=1)
     alone = run_training(load(config(tmp_path, "alone")), evaluate_on="test", silent=True)
     want = measure(alone, tmp_path / "data", "test")
     plan().save(tmp_path / "plan.json")

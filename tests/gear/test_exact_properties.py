@@ -212,7 +212,9 @@ def test_of_more_devices_than_it_can_search_it_takes_the_fastest(monkeypatch, sh
 
 def test_where_the_fastest_are_too_small_it_takes_the_largest(monkeypatch):
     p = small.problem(5, 6, 1, seed=1, memory=(400, 500))
-    fast = {f"d{i}": small.fleet(5, seed=1).devices["d0"].model_copy(update={"memory": 1e6, "speed": 9.0}) for i in (0, 2)}
+    fast = {
+        f"d{i}": small.fleet(5, seed=1).devices["d0"].model_copy(update={"memory": 1e6, "speed": 9.0}) for i in (0, 2)
+    }
     p = Problem(replace(p.fleet, devices={**p.fleet.devices, **fast}), p.profiles, p.work)
     monkeypatch.setattr("contextlora.gear.exact.MOST_DEVICES", 2)
     made = exact(p, SIZES)

@@ -6,7 +6,9 @@ the output head. The blocks stay on every device, since each keeps all of them b
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ def release(model: nn.Module, keep: Iterable[int]) -> None:
     for p in {id(p): p for some in by_unit.values() for p in some}.values():
         if id(p) not in kept and p.is_floating_point():
             p.data = p.new_full((1,), torch.nan).expand(p.shape)
+    with suppress(AttributeError, OSError):  # glibc's: it would keep what a layer of a few MB has freed
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _frozen(model: nn.Module) -> dict[int, list[nn.Parameter]]:

@@ -112,7 +112,7 @@ def gathered(model: nn.Module, phase: Phase, folder: Path, stage: int, run: str)
                 held = {n: t for c in mine if _done(c).get(name) == updates for n, t in c.tensors.items()}
                 places = [i for i, r in enumerate(holders) if r == rank]
                 tensors |= _told(name, places, parameters, held, rank)
-    given = next((c["given"] for offer in offers for c in offer), {}) if done else {}
+    given: dict[str, Any] = next((c["given"] for offer in offers for c in offer), {}) if done else {}
     answers = {t: {i: tuple(a) for i, a in found.items()} for t, found in given.items()}
     return Progress(done, tensors, answers, max((c.update for c in mine), default=-1) + 1)
 
