@@ -122,10 +122,14 @@ def pieces(team: Team, runs: Sequence[Order], total: int, done: Mapping[str, int
         for update in updates:
             yield from _update_pieces(team, micro_batches(active(runs, update, done), update, g.size))
         return
-    made, home = list[Piece](), dict[str, int]()
+    made, home, seen = list[Piece](), dict[str, int](), set[str]()
     for update in range(max(r.per_epoch for r in runs)):
-        batches = micro_batches(active(runs, update, {}), update, g.size)
-        for piece in _update_pieces(team, [[s for s in b if s.key not in home] for b in batches]):
+        fresh = []
+        for b in micro_batches(active(runs, update, {}), update, g.size):
+            new = {s.key: s for s in b if s.key not in seen}  # two tasks may ask the same of an example
+            seen |= new.keys()
+            fresh.append([*new.values()])
+        for piece in _update_pieces(team, fresh):
             home |= {s.key: len(made) for s in piece.samples}
             made.append(piece)
     sent = set[int]()
