@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from contextlora.config import load
@@ -46,37 +47,51 @@ def plan():
     return made.checked(lowest=CUT)
 
 
-def all_of(block):
-    """A block's tensors, layer by layer."""
-    return [t for path in sorted(block) for t in block[path]]
+def values(folder):
+    """All of an adapter's numbers, by task."""
+    blocks = Adapter.load(folder / "adapter").blocks
+    return {t: torch.cat([x.flatten() for path in sorted(b) for x in b[path]]) for t, b in blocks.items()}
 
 
-def config(folder, out):
+def apart(one, other):
+    """Root of the mean square difference, the largest, and the share that is beyond 1e-6, by task."""
+    found = {}
+    for task, mine in one.items():
+        d = (mine - other[task]).abs()
+        found[task] = [float(d.square().mean().sqrt()), float(d.max()), float((d > 1e-6).float().mean())]
+    return found
+
+
+def config(folder, out, **more):
     path = folder / f"{out}.yaml"
     settings = {"model": "smol", "dtype": "float32", "data": str(folder / "data"), "out": str(folder / out)}
-    path.write_text(yaml.safe_dump({**settings, "train": TRAIN}))
+    path.write_text(yaml.safe_dump({**settings, "train": {**TRAIN, **more}}))
     return path
 
 
 @pytest.mark.slow
 def test_three_processes_train_the_scene_as_one_does(tmp_path):
-    """10 updates of the three roots, then 10 of the strategy, in float32."""
+    """10 updates of the three roots, then 10 of the strategy, in float32.
+
+    AdamW divides a gradient by its own size, so that where it is next to nothing its rounding decides the step. Three
+    processes may therefore differ from one by no more than one from itself when it rounds otherwise: when it computes
+    what enters the blocks batch by batch, instead of in groups of 16.
+    """
     build("iov", tmp_path / "data", train=40, valid=4, test=24, seed=1)
-    alone = run_training(load(config(tmp_path, "alone")), evaluate_on="test", silent=True)
+    alone = run_training(load(config(tmp_path, "alone")), silent=True)
     want = measure(alone, tmp_path / "data", "test")
+    run_training(load(config(tmp_path, "rounded", prefix_cache_gb=0.0)), silent=True)
     plan().save(tmp_path / "plan.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command += ["-m", "contextlora", "launch", str(tmp_path / "plan.json"), str(config(tmp_path, "together"))]
-    done = subprocess.run([*command, "--json"], env=environment(), capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*command, "--json"], env=environment(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, three = (Adapter.load(tmp_path / out / "adapter") for out in ("alone", "together"))
-    apart = {
-        task: max(float((a - b).abs().max()) for a, b in zip(*map(all_of, (mine, three.blocks[task])), strict=True))
-        for task, mine in one.blocks.items()
-    }
-    moved = max(float(t.abs().max()) for t in all_of(one.blocks["strategy"]))
     got = measure(open_session(load(tmp_path / "together.yaml")), tmp_path / "data", "test")
     scores = {t: (want.accuracy[t].mean, got.accuracy[t].mean) for t in want.accuracy}
-    print(json.dumps({"apart": apart, "largest value": moved, "accuracy alone, together": scores}))
+    one, rounded, three = (values(tmp_path / out) for out in ("alone", "rounded", "together"))
+    moved, noise = apart(three, one), apart(rounded, one)
+    sizes = {t: float(x.square().mean().sqrt()) for t, x in one.items()}
+    print(json.dumps({"accuracy": scores, "three processes": moved, "rounding": noise, "values": sizes}, indent=1))
     assert all(a == b for a, b in scores.values()), scores
-    assert max(apart.values()) < 1e-6, apart
+    for task in one:
+        assert moved[task][0] < max(3 * noise[task][0], 1e-6), (task, moved, noise)
