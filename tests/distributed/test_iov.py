@@ -62,25 +62,23 @@ def apart(one, other):
     return found
 
 
-def config(folder, out, **more):
+def config(folder, out):
     path = folder / f"{out}.yaml"
     settings = {"model": "smol", "dtype": "float32", "data": str(folder / "data"), "out": str(folder / out)}
-    path.write_text(yaml.safe_dump({**settings, "train": {**TRAIN, **more}}))
+    path.write_text(yaml.safe_dump({**settings, "train": TRAIN}))
     return path
 
 
 @pytest.mark.slow
 def test_three_processes_train_the_scene_as_one_does(tmp_path):
-    """10 updates of the three roots, then 10 of the strategy, in float32.
+    """10 updates of the three roots, then 10 of the strategy, in float32: the differences are within 1e-6 in the mean.
 
-    AdamW divides a gradient by its own size, so that where it is next to nothing its rounding decides the step. Three
-    processes may therefore differ from one by no more than one from itself when it rounds otherwise: when it computes
-    what enters the blocks batch by batch, instead of in groups of 16.
+    Not each of them: AdamW divides a gradient by its own size, so that where it is next to nothing, its rounding
+    decides the step. In float64 the same divisions of the work are within 1e-9 everywhere (`test_launch`).
     """
     build("iov", tmp_path / "data", train=40, valid=4, test=24, seed=1)
     alone = run_training(load(config(tmp_path, "alone")), silent=True)
     want = measure(alone, tmp_path / "data", "test")
-    run_training(load(config(tmp_path, "rounded", prefix_cache_gb=0.0)), silent=True)
     plan().save(tmp_path / "plan.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command += ["-m", "contextlora", "launch", str(tmp_path / "plan.json"), str(config(tmp_path, "together"))]
@@ -88,10 +86,8 @@ def test_three_processes_train_the_scene_as_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     got = measure(open_session(load(tmp_path / "together.yaml")), tmp_path / "data", "test")
     scores = {t: (want.accuracy[t].mean, got.accuracy[t].mean) for t in want.accuracy}
-    one, rounded, three = (values(tmp_path / out) for out in ("alone", "rounded", "together"))
-    moved, noise = apart(three, one), apart(rounded, one)
-    sizes = {t: float(x.square().mean().sqrt()) for t, x in one.items()}
-    print(json.dumps({"accuracy": scores, "three processes": moved, "rounding": noise, "values": sizes}, indent=1))
+    one, three = (values(tmp_path / out) for out in ("alone", "together"))
+    moved, sizes = apart(three, one), {t: float(x.square().mean().sqrt()) for t, x in one.items()}
+    print(json.dumps({"accuracy": scores, "differences": moved, "values": sizes}, indent=1))
     assert all(a == b for a, b in scores.values()), scores
-    for task in one:
-        assert moved[task][0] < max(3 * noise[task][0], 1e-6), (task, moved, noise)
+    assert all(mean < 1e-6 and beyond < 0.005 for mean, _, beyond in moved.values()), moved
