@@ -36,7 +36,7 @@ class Planned:
     def check(self, reference: Mapping[str, Tensor]) -> float:
         """The largest difference to a single process's gradients of the first update, relative to the largest."""
         if not self.team.trains:
-            stream(self.team, self.reader, self._orders(), 0, 1)
+            stream(self.team, self.reader, self._orders(), 1, {})
             return 0.0
         stage, worst = self._stage(1), 0.0
         stage._gradients(stage.runs, 0)
@@ -56,7 +56,7 @@ class Planned:
         """Trains to the end; gives the time after each update. A device of the prefix gives none."""
         if not self.team.trains:
             orders = self._orders()
-            stream(self.team, self.reader, orders, 0, max(o.total for o in orders))
+            stream(self.team, self.reader, orders, max(o.total for o in orders), {})
             return
         stage = self._stage(None)
         for update in range(stage.total):
@@ -71,7 +71,7 @@ class Planned:
         make = PipelineTeamStage if self.team.group.form == "pipeline" else TeamStage
         none = FrozenPrefix(self.reader, 0)
         stage = make(self.team, self.reader, none, self.setting.examples, self.phase, self.setting.config)
-        stage.prefix = prefix_of(self.team, self.reader, stage.runs, 0, total or stage.total)
+        stage.prefix = prefix_of(self.team, self.reader, stage.runs, total or stage.total, {})
         return stage
 
     def _orders(self) -> list[Order]:

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tiny
-from contextlora.config import TrainConfig
 from contextlora.errors import PlanError
 from contextlora.gear import launch
-from contextlora.gear.plan import Group, Part, Plan, PlannedGroup, PlannedStage, Predicted
-from contextlora.lora.attach import attach, gated_layers
-from contextlora.training.loop import train
-from contextlora.training.track import Tracker
+from contextlora.gear.plan import Group
+from contextlora.lora.attach import attach
+from processes import CHILD, ROOTS, A, B, C, alone, apart, ordered, part, pipeline, plan, together
 
-UNITS = 5  # inputs, three layers, head
-TESTS = Path(__file__).parents[1]
-NOTHING = Predicted(step=0.0, cached_step=0.0, seconds=0.0, air=0.0, devices={})
-
-
-def part(device, start=0, stop=UNITS, seconds=1.0):
-    return Part(device=device, start=start, stop=stop, seconds=seconds)
-
-
-def plan(*stages):
-    """A plan from its groups, stage by stage."""
-    made = [
-        PlannedStage(groups=[PlannedGroup(group=g, predicted=NOTHING) for g in s], exchange=0, seconds=0)
-        for s in stages
-    ]
-    return Plan(planner="by hand", fleet="test", model="tiny", units=UNITS, stages=made, seconds=0.0)
-
-
-ROOTS, CHILD = ("weather", "light"), ("action",)
-A, B, C = "a", "b", "c"
 SINGLE = {
     "task-parallel": [
         [
@@ -115,18 +86,6 @@ TOP = {
 }
 
 
-def pipeline(*cuts, tasks=ROOTS, devices=(A, B, C), size=2, **more):
-    """Trainers of neighbouring units, one after another."""
-    ends = list(itertools.pairwise(cuts))
-    return Group(
-        tasks=tasks,
-        form="pipeline",
-        trainers=[part(d, a, b) for d, (a, b) in zip(devices, ends, strict=False)],
-        size=size,
-        **more,
-    )
-
-
 PIPELINES = {
     "two, uneven": [[pipeline(0, 2, 5)], [pipeline(0, 4, 5, tasks=CHILD, devices=(B, A), size=1)]],
     "three, odd sizes": [[pipeline(0, 2, 3, 5, size=4)], [pipeline(0, 1, 3, 5, tasks=CHILD, size=2)]],
@@ -156,48 +115,6 @@ def words(tmp_path_factory):
     return tiny.write_data(tmp_path_factory.mktemp("words"), train=10, test=2)
 
 
-def alone(words, folder, dtype, **config):
-    model, processor = tiny.llama(dtype)
-    attach(model, tiny.graph(), layers=config.get("layers", "all"), dtype=dtype)
-    train(
-        model,
-        processor,
-        tiny.graph(),
-        data=words,
-        out=folder,
-        config=TrainConfig(**config),
-        tracker=Tracker(folder, quiet=True),
-    )
-    return {f"{n}|{s}": t.clone() for n, la in gated_layers(model).items() for s, t in la.tensors().items()}
-
-
-def ordered(tmp_path, words, stages, dtype, config, **more):
-    """Writes a plan and the order for its workers."""
-    made = plan(*stages)
-    made.save(tmp_path / "plan.json")
-    order = {"plan": str(tmp_path / "plan.json"), "data": str(words), "out": str(tmp_path), "config": config}
-    (tmp_path / "order.json").write_text(json.dumps({**order, "dtype": dtype, "resume": False, **more}))
-    return made
-
-
-def environment(**more):
-    path = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{k: str(v) for k, v in more.items()}}
-
-
-WORKER = str(TESTS / "distributed" / "worker.py")
-
-
-def together(tmp_path, words, stages, dtype, resume=False, **config):
-    """What every device ended with."""
-    made = ordered(tmp_path, words, stages, dtype, config, resume=resume)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(len(made.devices)), WORKER, str(tmp_path / "order.json")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {d: load_file(tmp_path / f"{d}.safetensors") for d in made.devices}
-
-
 ALWAYS = ("data, uneven", "streamed", "two, uneven", "three, odd sizes", "local cache")  # the others take a minute more
 
 
@@ -210,11 +127,26 @@ def test_every_division_ends_where_one_process_does(tmp_path, words, name):
     layers = "all" if name in {**SINGLE, **PIPELINES} else "2-2"
     config = {"epochs": 2, "batch_size": 3, "lr": 1e-2, "layers": layers, "weight_decay": 0.1}
     want = alone(words, tmp_path / "alone", torch.float64, **config)
-    got = together(tmp_path, words, {**SINGLE, **TOP, **PIPELINES, **PIPELINES_ABOVE}[name], "float64", **config)
+    plans = {**SINGLE, **TOP, **PIPELINES, **PIPELINES_ABOVE}
+    got = together(tmp_path, words, plans[name], "float64", **config)
     for device, blocks in got.items():
         worst = max((blocks[k] - want[k]).abs().max().item() for k in want)
         assert worst < 1e-9, f"{device}: {worst}"
+        assert json.loads((tmp_path / f"{device}.json").read_text()) == weights_left(plans[name], device)
     assert (tmp_path / "adapter" / "manifest.json").is_file()
+
+
+def weights_left(stages, device):
+    """Bytes of the units that a device has still to run, stage after stage, counted by name; a freed weight has 8."""
+    model, _ = tiny.llama(torch.float64)
+    parts = [[(p.device, range(p.start, p.stop)) for g in s for p in (*g.prefix, *g.trainers)] for s in stages]
+    found = []
+    for i in range(len(stages)):
+        mine = {u for stage in parts[i:] for d, units in stage if d == device for u in units}
+        kept = {f"layers.{u - 1}." for u in mine} | ({"embed"} if 0 in mine else set()) | {"model.norm."}
+        kept |= {"lm_head"} if 4 in mine else set()
+        found.append(sum(8 * (p.numel() if any(k in n for k in kept) else 1) for n, p in model.named_parameters()))
+    return found
 
 
 @pytest.mark.parametrize("name", marked(["data, uneven", "streamed"], ("streamed",)))
@@ -242,24 +174,6 @@ def test_a_plan_that_does_not_fit_the_model_is_refused_before_anyone_waits():
         launch.check_model(plan(deeper), model)
     with pytest.raises(PlanError, match=r"E409 units: the plan is of 'tiny', 6 units; this model has 5"):
         launch.check_model(plan(*TOP["streamed"]).model_copy(update={"units": 6}), model)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def apart(tmp_path, devices):
-    """Starts every device by itself, as on machines of their own: no agent that ends the others."""
-    port = free_port()
-    shared = {"WORLD_SIZE": len(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, WORKER, str(tmp_path / "order.json")]
-    pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(command, env=environment(RANK=i, **shared), stdout=pipe, stderr=pipe, text=True)
-        for i in range(len(devices))
-    ]
 
 
 def test_a_killed_device_ends_the_others_and_the_rest_go_on(tmp_path, words):

@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import re
+from dataclasses import replace
 
 import groups
 import pytest
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from test_exact import valid
 
 from contextlora.errors import PlanError
+from contextlora.gear.algorithm2 import algorithm2
+from contextlora.gear.bound import least_seconds
 from contextlora.gear.cost import Problem, exchange
 from contextlora.gear.exact import exact
 from contextlora.gear.fleet import Fleet
@@ -192,9 +195,52 @@ def test_no_micro_batch_fits_the_step():
         exact(small.problem(2, 5, 1, batch=4), (16, 8))
 
 
-def test_too_many_devices():
-    with pytest.raises(PlanError, match=r"E408.*algorithm2"):
-        exact(small.problem(13, 5, 1))
+@pytest.mark.parametrize("shared", [True, False])
+def test_of_more_devices_than_it_can_search_it_takes_the_fastest(monkeypatch, shared):
+    p = small.problem(6, 5, 2, seed=3, shared=shared)
+    order = sorted(p.fleet.devices, key=lambda d: (-p.fleet.devices[d].speed, -p.fleet.devices[d].memory))
+    links = {pair: link for pair, link in p.fleet.links.items() if set(pair) <= {*order[:3]}}
+    devices = {n: d for n, d in p.fleet.devices.items() if n in order[:3]}
+    few = Problem(replace(p.fleet, devices=devices, links=links), {n: p.profiles[n] for n in devices}, p.work)
+    want = exact(few, SIZES)
+    monkeypatch.setattr("contextlora.gear.exact.MOST_DEVICES", 3)
+    made = exact(p, SIZES)
+    assert made.planner == "exact, on the 3 fastest of 6 devices"
+    assert made.model_copy(update={"planner": "exact"}) == want
+    assert least_seconds(p, SIZES) <= made.seconds
+
+
+def test_where_the_fastest_are_too_small_it_takes_the_largest(monkeypatch):
+    p = small.problem(5, 6, 1, seed=1, memory=(400, 500))
+    fast = {
+        f"d{i}": small.fleet(5, seed=1).devices["d0"].model_copy(update={"memory": 1e6, "speed": 9.0}) for i in (0, 2)
+    }
+    p = Problem(replace(p.fleet, devices={**p.fleet.devices, **fast}), p.profiles, p.work)
+    monkeypatch.setattr("contextlora.gear.exact.MOST_DEVICES", 2)
+    made = exact(p, SIZES)
+    assert made.planner == "exact, on the 2 largest of 5 devices"
+    assert {*made.devices} <= {"d1", "d3", "d4"}
+
+
+@given(problems)
+@settings(max_examples=25, deadline=None)
+def test_no_plan_takes_less_than_the_bound(p):
+    try:
+        made = exact(p, SIZES)
+    except PlanError:
+        return
+    given_away = sum(s.exchange for s in made.stages)
+    assert least_seconds(p, SIZES) <= (made.seconds - given_away) * (1 + 1e-9)
+
+
+def test_one_device_reaches_the_bound():
+    p = small.problem(1, 6, 1, lowest=0, memory=(400, 500), epochs=1, batch=4)
+    assert least_seconds(p, (4,)) == pytest.approx(exact(p, (4,)).seconds, rel=1e-12)
+
+
+def test_too_many_devices_for_algorithm2():
+    with pytest.raises(PlanError, match=r"E408.*2\^15.*exact"):
+        algorithm2(small.problem(15, 5, 1))
 
 
 def large(shared):

@@ -24,12 +24,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from contextlora.errors import PlanError
 from contextlora.gear.cost import Problem, exchange, predict, together
 from contextlora.gear.plan import Group, Part, Plan, PlannedGroup, PlannedStage, deal
 from contextlora.gear.shortfall import nothing_fits
 from contextlora.gear.tables import Array, Bytes, Case, Pace, bits
 from contextlora.gear.work import TaskLoad
 
+MOST_DEVICES = 14
 Stages = list[tuple[int, int, int]]  # device, start, stop
 Split = tuple[float, Stages]  # C and Q_t
 
@@ -41,8 +43,11 @@ def algorithm2(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8)) -> Plan:
         sizes: of micro-batches, k, to choose from.
 
     Raises:
-        PlanError: E406 where no grouping fits the devices' memory.
+        PlanError: E406 where no grouping fits the devices' memory, E408 for more devices than can be grouped.
     """
+    if (count := len(problem.fleet.devices)) > MOST_DEVICES:
+        text = f"algorithm2 goes through all 2^{count} groups of devices; give it at most {MOST_DEVICES}, or use exact"
+        raise PlanError("E408", text)
     stages = tuple(_stage(problem, tasks, sorted(set(sizes))) for tasks in problem.work.stages)
     synthetic = problem.fleet.synthetic or any(p.synthetic for p in problem.profiles.values())
     return Plan(

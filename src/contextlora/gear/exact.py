@@ -14,6 +14,7 @@ behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from contextlora.gear.work import TaskLoad
 EQUAL = 1e-12  # relative; sums of the same seconds in another order differ less
 JUDGED = 4  # plans of a stage; more gain next to nothing
 NEAR = 1.5  # times the best seconds, within which others are judged: `cost` is off by less
-MOST_DEVICES = 10  # 10 s; each further one takes 3 to 4 times as long, and as much memory
+MOST_DEVICES = 10  # 10 s; each further one takes 3 to 4 times as long, and as much memory; see `_few`
 
 
 Judge = Callable[[Problem, PlannedStage], float]
@@ -41,31 +42,68 @@ Judge = Callable[[Problem, PlannedStage], float]
 def exact(problem: Problem, sizes: Sequence[int] = (1, 2, 4, 8), judge: Judge | None = None) -> Plan:
     """Plans a training in the least seconds that the model of `cost` allows.
 
+    Of a fleet of more than MOST_DEVICES, it is the best plan on the fastest of them, as the plan's name says;
+    `bound.least_seconds` tells what all of them could save at most.
+
     Args:
         sizes: of micro-batches, k, to choose from.
         judge: seconds of a stage by a better model, which chooses among the best plan and its rivals of other kinds.
 
     Raises:
-        PlanError: E406 where nothing fits the devices' memory, E408 for more devices than can be searched.
+        PlanError: E406 where nothing fits the devices' memory.
     """
-    names = list(problem.fleet.devices)
-    if len(names) > MOST_DEVICES:
-        text = f"the exact planner takes up to {MOST_DEVICES} devices, got {len(names)}; use algorithm2"
-        raise PlanError("E408", text)
+    count = len(problem.fleet.devices)
+    if count <= MOST_DEVICES:
+        return _exact(problem, sizes, judge, "exact")
+    name = f"exact, on the {MOST_DEVICES} {{}} of {count} devices"
+    try:
+        return _exact(_few(problem, sizes, _speed), sizes, judge, name.format("fastest"))
+    except PlanError:
+        return _exact(_few(problem, sizes, _room), sizes, judge, name.format("largest"))
+
+
+def _exact(problem: Problem, sizes: Sequence[int], judge: Judge | None, planner: str) -> Plan:
     search = _Search(problem, sorted(set(sizes)))
     stages = tuple(search.stage(tasks, judge) for tasks in problem.work.stages)
-    seconds = sum(s.seconds for s in stages)
     profile = problem.any_profile
     synthetic = problem.fleet.synthetic or any(p.synthetic for p in problem.profiles.values())
     return Plan(
-        planner="exact",
+        planner=planner,
         fleet=problem.fleet.name,
         model=profile.model,
         units=problem.units,
         stages=stages,
-        seconds=seconds,
+        seconds=sum(s.seconds for s in stages),
         synthetic=synthetic,
     )
+
+
+Worth = Callable[[Problem, str, int], tuple[float, ...]]
+
+
+def _few(problem: Problem, sizes: Sequence[int], worth: Worth) -> Problem:
+    """The same training on those MOST_DEVICES that are worth most.
+
+    On a shared medium a device can stand in, in any plan, for one that is no faster and has no more room. So of all
+    plans of so few devices, none is lost that is better, unless it needs the room of a device that is slower.
+    """
+    fleet = problem.fleet
+    order = sorted(fleet.devices, key=lambda d: worth(problem, d, min(sizes)), reverse=True)[:MOST_DEVICES]
+    devices = {n: d for n, d in fleet.devices.items() if n in order}
+    links = {pair: link for pair, link in fleet.links.items() if set(pair) <= devices.keys()}
+    return Problem(
+        replace(fleet, devices=devices, links=links), {n: problem.profiles[n] for n in devices}, problem.work
+    )
+
+
+def _speed(problem: Problem, device: str, k: int) -> tuple[float, ...]:
+    units = problem.units
+    seconds = problem.forward(device, 0, units, k) + problem.backward(device, 0, units, k)
+    return -seconds, problem.fleet.devices[device].memory - problem.fleet.devices[device].reserved
+
+
+def _room(problem: Problem, device: str, k: int) -> tuple[float, ...]:
+    return _speed(problem, device, k)[::-1]
 
 
 class _Search:

@@ -19,9 +19,20 @@ from contextlora.data.collate import Encoder
 from contextlora.data.records import data_hash
 from contextlora.errors import PlanError, RunError
 from contextlora.evaluation.evaluate import Answers
+from contextlora.gear.lean import Unseeing, release, units_left
 from contextlora.gear.pipeline import PipelineTeamStage
 from contextlora.gear.plan import Plan
-from contextlora.gear.runtime import Team, TeamStage, ask_prerequisites, exchange, prefix_of, stream, teams
+from contextlora.gear.progress import WITHIN, Keeper, Progress, gathered
+from contextlora.gear.runtime import (
+    Team,
+    TeamStage,
+    ask_prerequisites,
+    begins,
+    exchange,
+    prefix_of,
+    stream,
+    teams,
+)
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter
 from contextlora.lora.attach import attached_state, decoder_layers
@@ -53,6 +64,7 @@ def train_planned(
     out: str | Path,
     config: TrainConfig,
     resume: bool = False,
+    lean: bool = False,
     features: ImageFeatures | None = None,
     tracker: Tracker | None = None,
 ) -> nn.Module:
@@ -62,10 +74,12 @@ def train_planned(
         model, processor, graph, data, out, config, features, tracker: as in `train`.
         plan: of this graph, data and configuration.
         me: which of its devices this is.
-        resume: go on after the last stage that any of the devices has kept, under this plan or another.
+        resume: go on from what the devices have kept, within a stage too, under this plan or another.
+        lean: free the weights of units that this device does not run. Not with `context: predicted`, where every
+            device asks its share of the questions, of the whole model.
 
     Returns:
-        The model, with all blocks trained, on every device.
+        The model, with all blocks trained, on every device. With `lean`, units that it did not run compute NaN.
 
     Raises:
         PlanError: E410 another number of devices, E409 a plan of another graph.
@@ -81,56 +95,89 @@ def train_planned(
     mine = teams(plan, me)
     data_sha256 = data_hash(data)  # reads every image: once
     here, run = Path(out) / me, run_id(graph, whole, config, data_sha256, model)
-    first = _go_on(model, here, run) if resume else 0
+    folder = here / "checkpoints"
+    first = _go_on(model, folder, run) if resume else 0
     if not resume:
-        checkpoint.clear(here / "checkpoints")
+        checkpoint.clear(folder)
     with tracker or Tracker(here) as watch, learning_ends(model, whole.answering), _with_others():
         for index, (phase, team) in list(enumerate(zip(whole.phases, mine, strict=True)))[first:]:
-            given = ask_prerequisites(reader, examples, phase.tasks, config)
-            if team is not None:
-                runs = tuple(r for r in phase.runs if set(r) <= set(team.group.tasks))
-                _work(team, reader, examples, replace(phase, runs=runs), config, given, watch, index)
+            again = resume and index == first
+            start = gathered(model, phase, folder / WITHIN, index, run) if again else Progress()
+            if lean and config.context != "predicted":
+                release(model, units_left(plan, index, me))
+            given = dict(start.given) or ask_prerequisites(reader, examples, phase.tasks, config)
+            work = _Work(team, reader, examples, phase, config, given, start) if team else None
+            keeper = Keeper(folder / WITHIN, index, run, start)
+            if start.done:  # nobody goes on, and drops what is taken over from here, before all have kept it
+                if work and work.stage:
+                    keeper.save(work.stage, work.first, 0)
+                dist.barrier()
+            if work:
+                work.run(watch, keeper)
             exchange(model, plan, index, phase.sharing)
-            checkpoint.save(
-                here / "checkpoints", checkpoint.Checkpoint(index + 1, 0, run, checkpoint.layer_tensors(model))
-            )
+            checkpoint.save(folder, checkpoint.Checkpoint(index + 1, 0, run, checkpoint.layer_tensors(model)))
+            checkpoint.clear(folder / WITHIN)
     if dist.get_rank() == 0:
         adapter = Adapter.of(model, seed=config.seed, data=data_sha256, context=config.context)
         adapter.save(Path(out) / "adapter")
     return model
 
 
-def _work(
-    team: Team,
-    reader: ImageFeatures,
-    examples: Sequence[Any],
-    phase: Phase,
-    config: TrainConfig,
-    given: dict[str, Answers],
-    watch: Tracker,
-    index: int,
-) -> None:
-    """One stage of one device."""
-    if not team.trains:
-        samples = {t: task_samples(reader, examples, t, config.context, given) for t in phase.tasks}
-        at_once = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
-        orders = [Order(run, [s for t in run for s in samples[t]], at_once) for run in phase.runs]
-        stream(team, reader, orders, 0, max(o.total for o in orders))
-        return
-    make = PipelineTeamStage if team.group.form == "pipeline" else TeamStage
-    stage = make(team, reader, FrozenPrefix(reader, 0), examples, phase, config, given)
-    stage.prefix = prefix_of(team, reader, stage.runs, 0, stage.total)
-    watch.stage(f"[{index + 1}] {', '.join(team.group.tasks)} on {team.me}", stage.total)
-    for update in range(stage.total):
-        losses = stage.update(update)
-        watch.log(update, {"stage": index, "loss": losses})
-        watch.advance(update + 1, f"loss {sum(losses.values()) / len(losses):.3f}")
+class _Work:
+    """One stage of one device of a group.
+
+    Attributes:
+        stage: a trainer's; None on a device that streams ahead.
+        first: the update that comes next.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        reader: ImageFeatures,
+        examples: Sequence[Any],
+        phase: Phase,
+        config: TrainConfig,
+        given: dict[str, Answers],
+        start: Progress,
+    ):
+        if team.part.start:
+            reader = Unseeing(reader.model, reader.encoder)
+        self.team, self.reader, self.done, self.config = team, reader, start.done, config
+        phase = replace(phase, runs=tuple(r for r in phase.runs if set(r) <= set(team.group.tasks)))
+        self.stage: TeamStage | None = None
+        if team.trains:
+            make = PipelineTeamStage if team.group.form == "pipeline" else TeamStage
+            self.stage = make(team, reader, FrozenPrefix(reader, 0), examples, phase, config, given)
+            start.enter(self.stage)
+            self.orders: Sequence[Order] = self.stage.runs
+            self.stage.prefix = prefix_of(team, reader, self.orders, self.stage.total, self.done)
+        else:
+            samples = {t: task_samples(reader, examples, t, config.context, given) for t in phase.tasks}
+            at_once = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size)})
+            self.orders = [Order(run, [s for t in run for s in samples[t]], at_once) for run in phase.runs]
+        self.first = begins(self.orders, self.done)
+
+    def run(self, watch: Tracker, keeper: Keeper) -> None:
+        """Does all of it that is left."""
+        stage, first = self.stage, self.first
+        if stage is None:
+            stream(self.team, self.reader, self.orders, max(o.total for o in self.orders), self.done)
+            return
+        text = f"[{keeper.stage + 1}] {', '.join(self.team.group.tasks)} on {self.team.me}"
+        watch.stage(text, stage.total, first)
+        for update in range(first, stage.total):
+            losses = stage.update(update)
+            watch.log(update, {"stage": keeper.stage, "loss": losses})
+            watch.advance(update + 1, f"loss {sum(losses.values()) / len(losses):.3f}")
+            if update + 1 == stage.total or (update + 1) % self.config.checkpoint_every == 0:
+                keeper.save(stage, update + 1, update + 1 - first)
 
 
 @torch.no_grad()
-def _go_on(model: nn.Module, here: Path, run: str) -> int:
+def _go_on(model: nn.Module, folder: Path, run: str) -> int:
     """Takes over the blocks after the latest stage that any device has kept; returns the stage that comes next."""
-    found = checkpoint.load_latest(here / "checkpoints", run)
+    found = checkpoint.load_latest(folder, run)
     mine = 0 if found is None or found.update else found.stage
     stages = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
     dist.all_gather(stages, torch.tensor([mine]))
@@ -167,7 +214,7 @@ def refuse_a_second_run(config: RunConfig, plan: Plan, me: str, *, again: bool) 
         again: resume, or throw away; should some devices be told so and others not, what the others hold counts.
     """
     trained = RunFolder(config.out).has_adapter and not again
-    begun = RunFolder(Path(config.out) / me).interrupted and not again
+    begun = any(RunFolder(Path(config.out) / me).checkpoints.rglob("[0-9]*-[0-9]*")) and not again
     held = [torch.zeros(2, dtype=torch.long) for _ in range(dist.get_world_size())]
     dist.all_gather(held, torch.tensor([trained, begun], dtype=torch.long))
     for code, what, kept in (("E521", "a trained adapter", 0), ("E522", "an interrupted run", 1)):
@@ -215,7 +262,7 @@ def launch(
         config: the run; its data and base model must lie on every device.
         plan: for this run.
         device: which of the plan's devices this is; None takes the one of this process's rank.
-        resume: go on after the last stage that any of the devices has kept.
+        resume: go on from what the devices have kept.
         force: throw away what an earlier training has left in `config.out`, and its adapter.
         silent: no progress bar.
 
@@ -251,6 +298,7 @@ def launch(
                 out=config.out,
                 config=config.train,
                 resume=resume,
+                lean=True,
                 features=session.reader,
                 tracker=tracker,
             )

@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
 from contextlora.data.collate import Batch, collate
 from contextlora.errors import RunError
-from contextlora.gear.runtime import Team, TeamStage, micro_batches
+from contextlora.gear.runtime import Team, TeamStage, active, micro_batches
 from contextlora.gear.schedule import pipeline_csv
 from contextlora.lora.attach import decoder_layers
 from contextlora.models.inputs import answer_nll
@@ -41,12 +41,15 @@ class PipelineTeamStage(TeamStage):
         stack = decoder_layers(self.model)[1]
         self.first, self.stop = max(0, self.part.start - 1), min(self.part.stop - 1, len(stack))
         mine = {id(p) for layer in stack[self.first : self.stop] for p in layer.parameters() if p.requires_grad}
+        self.places = {r.name: [i for i, p in enumerate(r.parameters) if id(p) in mine] for r in self.runs}
         self.runs = [_only(r, mine) for r in self.runs]
         self.lowest = lowest_block(self.model)
+        self.layers = _Part(self)
+        self._engine: tuple[tuple[int, ...], Any] = ((), None)
 
     def update(self, update: int) -> dict[str, float]:
         """As in a single process; each trainer steps its own layers' ranks, clipped by the norm over all."""
-        runs = [r for r in self.runs if update < r.total]
+        runs = active(self.runs, update, self.done)
         losses = self._gradients(runs, update)
         norms = self._norms(runs, losses, update)
         for r in runs:
@@ -82,28 +85,31 @@ class PipelineTeamStage(TeamStage):
         size, width = max(map(len, batches)), max(len(s) for b in batches for s in b)
         pad = self.reader.encoder.pad
         full = [[*b, *[replace(b[0], answer=())] * (size - len(b))] for b in batches]
-        module = _Part(self, [collate(b, pad, width) for b in full], tokens)
-        self._step(module, len(batches), (size, width))
-        found = torch.tensor([module.losses.get(n, 0.0) for n in tokens], dtype=torch.float64)
+        self.layers.begin([collate(b, pad, width) for b in full], tokens)
+        shape = (len(batches), size, width)
+        if self._engine[0] != shape:  # torch's engine is for one shape; to make one takes messages to and fro
+            self._engine = (shape, self._made(*shape))
+        rows = torch.arange(len(batches) * size)
+        args = (rows,) if self.place == 0 else ()
+        last = self.place == self.count - 1
+        self._engine[1].step(*args, target=rows if last else None, return_outputs=False, number=rows // size)
+        found = torch.tensor([self.layers.losses.get(n, 0.0) for n in tokens], dtype=torch.float64)
         dist.all_reduce(found, group=self.team.trainers)  # only the last trainer knows them
         return dict(zip(tokens, found.tolist(), strict=True))
 
-    def _step(self, module: _Part, micro: int, shape: tuple[int, int]) -> None:
-        """Runs the schedule for one update."""
-        size, width = shape
+    def _made(self, micro: int, size: int, width: int) -> Any:
+        """torch's engine for updates of `micro` micro-batches (size, width), with our schedule."""
         embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
 
         def hidden(boundary: int) -> Tensor:
             grad = boundary > self.lowest  # in decoder layers: some below it learn
             return torch.empty(size, width, embedding.shape[1], dtype=embedding.dtype, requires_grad=grad)
 
-        rows = torch.arange(micro * size)
-        given = (rows[:size],) if self.place == 0 else (hidden(self.first),)
-        last = self.place == self.count - 1
-        made = torch.empty(size, requires_grad=True) if last else hidden(self.stop)
-        device = torch.device("cpu")
+        given = (torch.arange(size),) if self.place == 0 else (hidden(self.first),)
+        made = torch.empty(size, requires_grad=True) if self.place == self.count - 1 else hidden(self.stop)
+        device, group = torch.device("cpu"), self.team.trainers
         stage = PipelineStage(
-            module, self.place, self.count, device, input_args=given, output_args=(made,), group=self.team.trainers
+            self.layers, self.place, self.count, device, input_args=given, output_args=(made,), group=group
         )
         runtime: Any = _PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
             [stage], micro, loss_fn=_sum, scale_grads=False
@@ -115,8 +121,7 @@ class PipelineTeamStage(TeamStage):
             path = Path(folder) / "schedule.csv"
             path.write_text(text)
             runtime._load_csv(str(path), format="compute_comms")
-        args = (rows,) if self.place == 0 else ()
-        runtime.step(*args, target=rows if last else None, return_outputs=False, number=rows // size)
+        return runtime
 
 
 def _sum(output: Tensor, _: Tensor) -> Tensor:
@@ -132,15 +137,20 @@ def _only(run: TaskRun, mine: set[int]) -> TaskRun:
 
 
 class _Part(nn.Module):
-    """What torch's stage calls: this device's layers for one micro-batch.
+    """What torch's stage calls: this device's layers for one micro-batch of the update that was begun.
 
     Attributes:
         losses: on the last trainer, by run.
     """
 
-    def __init__(self, stage: PipelineTeamStage, batches: Sequence[Batch], tokens: dict[str, int]):
+    def __init__(self, stage: PipelineTeamStage):
         super().__init__()
-        self._of, self._batches, self._tokens = [stage], batches, tokens  # in a list: no submodule
+        self._of = [stage]  # in a list: no submodule
+        self.begin([], {})
+
+    def begin(self, batches: Sequence[Batch], tokens: dict[str, int]) -> None:
+        """Takes up an update: its micro-batches, and answer tokens by run."""
+        self._batches, self._tokens = batches, tokens
         self.losses: dict[str, float] = {}
 
     def forward(self, arrived: Tensor, number: Tensor) -> Tensor:

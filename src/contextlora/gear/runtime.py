@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import Stage, clip
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.step import Order, TaskRun
+
+Run = TypeVar("Run", bound=Order)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Team:
     def trains(self) -> bool:
         """Whether this device is a trainer."""
         return any(p.device == self.me for p in self.group.trainers)
+
+    @property
+    def part(self) -> Part:
+        """The units of this device."""
+        return next(p for p in (*self.group.prefix, *self.group.trainers) if p.device == self.me)
 
 
 def teams(plan: Plan, me: str) -> list[Team | None]:
@@ -79,10 +86,14 @@ def teams(plan: Plan, me: str) -> list[Team | None]:
 # --- the walk --------------------------------------------------------------------------------------------------------
 
 
+def active(runs: Sequence[Run], update: int, done: Mapping[str, int]) -> list[Run]:
+    """The runs that have this update still before them; `done` has how many updates each had when the stage went on."""
+    return [r for r in runs if done.get(r.name, 0) <= update < r.total]
+
+
 def micro_batches(runs: Sequence[Order], update: int, size: int) -> list[list[Sample]]:
-    """One update's samples of all runs that still have one, mixed as in a single process, in parts of `size`."""
-    active = [r for r in runs if update < r.total]
-    parts = zip_longest(*(r.micro_batches(update) for r in active), fillvalue=[])
+    """One update's samples of some runs, mixed as in a single process, in parts of `size`."""
+    parts = zip_longest(*(r.micro_batches(update) for r in runs), fillvalue=[])
     mixed = [s for together in parts for part in together for s in part]
     return [mixed[i : i + size] for i in range(0, len(mixed), size)]
 
@@ -99,35 +110,73 @@ def dealt(parts: Sequence[Part], count: int, done: int = 0) -> list[int]:
     return [i for _, i in sorted(turns)]
 
 
-def pieces(team: Team, runs: Sequence[Order], first: int, total: int) -> Iterator[Piece]:
-    """All that the prefix's devices send from update `first` on, in order."""
-    g, seen = team.group, set[str]()
-    for update in range(first, total):
-        batches = micro_batches(runs, update, g.size)
-        users = dealt(g.trainers, len(batches)) if g.form == "data" else [0] * len(batches)
-        fresh = [tuple(s for s in b if s.key not in seen) for b in batches]
-        sent = [i for i, samples in enumerate(fresh) if samples]
-        for source, i in zip(dealt(g.prefix, len(sent), done=1), sent, strict=True):
-            source_rank, user = team.ranks[g.prefix[source].device], team.ranks[g.trainers[users[i]].device]
-            yield Piece(fresh[i], source_rank, user)
-        if g.cache:
-            seen |= {s.key for b in batches for s in b}
+def pieces(team: Team, runs: Sequence[Order], total: int, done: Mapping[str, int]) -> Iterator[Piece]:
+    """All that the prefix's devices send up to update `total`, in order, from where the stage stands.
+
+    What a cache keeps is computed in the very pieces that a stage without interruption has, whatever is done already:
+    another batch may round differently.
+    """
+    g = team.group
+    updates = range(begins(runs, done), total)
+    if not g.cache:
+        for update in updates:
+            yield from _update_pieces(team, micro_batches(active(runs, update, done), update, g.size))
+        return
+    made, home, seen = list[Piece](), dict[str, int](), set[str]()
+    for update in range(max(r.per_epoch for r in runs)):
+        fresh = []
+        for b in micro_batches(active(runs, update, {}), update, g.size):
+            new = {s.key: s for s in b if s.key not in seen}  # two tasks may ask the same of an example
+            seen |= new.keys()
+            fresh.append([*new.values()])
+        for piece in _update_pieces(team, fresh):
+            home |= {s.key: len(made) for s in piece.samples}
+            made.append(piece)
+    sent = set[int]()
+    for update in updates:
+        batches = micro_batches(active(runs, update, done), update, g.size)
+        for i in dict.fromkeys(home[s.key] for b in batches for s in b):
+            if i not in sent:
+                sent.add(i)
+                yield made[i]
+
+
+def _update_pieces(team: Team, batches: Sequence[Sequence[Sample]]) -> Iterator[Piece]:
+    """One update's pieces, by what of each micro-batch is to be sent."""
+    g = team.group
+    users = dealt(g.trainers, len(batches)) if g.form == "data" else [0] * len(batches)
+    sent = [i for i, samples in enumerate(batches) if samples]
+    for source, i in zip(dealt(g.prefix, len(sent), done=1), sent, strict=True):
+        source_rank, user = team.ranks[g.prefix[source].device], team.ranks[g.trainers[users[i]].device]
+        yield Piece(tuple(batches[i]), source_rank, user)
+
+
+def begins(runs: Sequence[Order], done: Mapping[str, int]) -> int:
+    """The update that comes next: the first that any run has before it."""
+    return min(min(done.get(r.name, 0), r.total) for r in runs)
 
 
 # --- a trainer -------------------------------------------------------------------------------------------------------
 
 
 class TeamStage(Stage):
-    """A stage whose micro-batches are divided among trainers that hold all layers above the cut each."""
+    """A stage whose micro-batches are divided among trainers that hold all layers above the cut each.
+
+    Attributes:
+        done: updates that each run has had when the stage went on; none at its beginning.
+        places: by run, which of all its parameters, counted over the whole model, are trained on this device.
+    """
 
     def __init__(self, team: Team, *given: Any):
         """`given` is as in `Stage`."""
         super().__init__(*given)
         self.team = team
+        self.done: Mapping[str, int] = {}
+        self.places = {r.name: list(range(len(r.parameters))) for r in self.runs}
 
     def update(self, update: int) -> dict[str, float]:
         """As in a single process; what is not finite is found by all trainers at once, after the sum."""
-        runs = [r for r in self.runs if update < r.total]
+        runs = active(self.runs, update, self.done)
         losses = self._gradients(runs, update)
         clip(runs, losses, update)
         for r in runs:
@@ -178,11 +227,11 @@ class TeamStage(Stage):
         return losses
 
 
-def prefix_of(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: int, total: int) -> Any:
+def prefix_of(team: Team, reader: ImageFeatures, runs: Sequence[Order], total: int, done: Mapping[str, int]) -> Any:
     """What stands in for the layers below the blocks of a trainer."""
     g, me = team.group, team.ranks[team.me]
     if g.ahead == "streamed":
-        mine = (p for p in pieces(team, runs, first, total) if p.trainer == me)
+        mine = (p for p in pieces(team, runs, total, done) if p.trainer == me)
         return Receiver(reader, g.cut - 1, mine, g.cache, QUEUE)
     kept = FrozenPrefix(reader, 1 << 62 if g.cache else 0)
     if g.form == "pipeline" or g.cache:  # a first trainer may hold less than all that is frozen
@@ -191,10 +240,10 @@ def prefix_of(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: i
     return kept
 
 
-def stream(team: Team, reader: ImageFeatures, runs: Sequence[Order], first: int, total: int) -> None:
+def stream(team: Team, reader: ImageFeatures, runs: Sequence[Order], total: int, done: Mapping[str, int]) -> None:
     """A prefix device's whole part in a stage."""
     sender, me = Sender(reader, team.group.cut - 1, QUEUE), team.ranks[team.me]
-    for piece in pieces(team, runs, first, total):
+    for piece in pieces(team, runs, total, done):
         if piece.source == me:
             sender.send(piece)
     sender.finish()
@@ -215,13 +264,13 @@ def ask_prerequisites(
         asked = [e for e in examples if task in e.answers]
         context_for(reader, asked[dist.get_rank() :: dist.get_world_size()], task, ways, mine)
     given: dict[str, Answers] = {}
-    for told in _from_all(mine):
+    for told in from_all(mine):
         for task, answers in told.items():
             given.setdefault(task, {}).update({i: tuple(a) for i, a in answers.items()})
     return given
 
 
-def _from_all(mine: Any) -> list[Any]:
+def from_all(mine: Any) -> list[Any]:
     """What every device has, as JSON: torch's own exchange of objects would unpickle what comes."""
     text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]

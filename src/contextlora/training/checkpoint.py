@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ def _write(part: Path, checkpoint: Checkpoint) -> None:
 
 def load_latest(folder: Path, run: str) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None. Raises RunError E520 if it belongs to another run."""
+    return next(load_all(folder, run), None)
+
+
+def load_all(folder: Path, run: str) -> Iterator[Checkpoint]:
+    """All checkpoints that are whole, the newest first. Raises RunError E520 at one that belongs to another run."""
     for path in _newest_first(folder):
         found = _read(path)
         if found is None:
@@ -89,8 +94,7 @@ def load_latest(folder: Path, run: str) -> Checkpoint | None:
                 "these checkpoints come from other settings, tasks, data or base; use another `out` or no --resume",
                 where=folder,
             )
-        return found
-    return None
+        yield found
 
 
 def layer_tensors(model: nn.Module) -> dict[str, Tensor]:
