@@ -428,7 +428,7 @@ def launch(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (JSON), made by contextlora plan.")],
     config: Config,
     device: Annotated[str | None, typer.Option(help="Which of the plan's devices this is; else by rank.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last stage that any device kept.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the devices have kept, within a stage too.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Throw away what `out` holds, its adapter too.")] = False,
     overrides: Set = None,
     as_json: Json = False,

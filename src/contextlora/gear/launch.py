@@ -247,6 +247,15 @@ def _with_others() -> Iterator[None]:
         raise RunError("E530", f"{text}, with a new plan if it does not come back") from None
 
 
+def _backend(config: RunConfig) -> str:
+    """Gloo, and NCCL for what lies on GPUs where every process here has one; "cuda" then means its own."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not config.device.startswith("cuda") or torch.cuda.device_count() < here:
+        return "gloo"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cpu:gloo,cuda:nccl"
+
+
 def launch(
     config: RunConfig,
     plan: Plan,
@@ -274,8 +283,7 @@ def launch(
     if "RANK" not in os.environ:
         text = f"not started by torchrun; run: torchrun --nproc-per-node {len(plan.devices)} -m contextlora launch ..."
         raise PlanError("E410", text)
-    backend = "nccl" if config.device.startswith("cuda") and torch.cuda.device_count() >= len(plan.devices) else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(_backend(config), timeout=PATIENCE)
     try:
         rank = dist.get_rank()
         if rank >= len(plan.devices):

@@ -22,7 +22,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from contextlora.data.collate import Batch, collate
 from contextlora.errors import RunError
 from contextlora.gear.runtime import Team, TeamStage, active, micro_batches
-from contextlora.gear.schedule import pipeline_csv
+from contextlora.gear.schedule import HOIST, pipeline_csv
 from contextlora.lora.attach import decoder_layers
 from contextlora.models.inputs import answer_nll
 from contextlora.models.prompts import entering, lowest_block
@@ -114,7 +114,8 @@ class PipelineTeamStage(TeamStage):
         runtime: Any = _PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
             [stage], micro, loss_fn=_sum, scale_grads=False
         )
-        rows_of = pipeline_csv(self.team.group, micro, self.lowest + 1).splitlines()
+        ahead = 0 if next(self.model.parameters()).is_cuda else HOIST  # NCCL runs what it is given in that order
+        rows_of = pipeline_csv(self.team.group, micro, self.lowest + 1, ahead).splitlines()
         ranks = [self.team.ranks[p.device] for p in self.team.group.trainers]
         text = "\n".join(row for _, row in sorted(zip(ranks, rows_of, strict=True)))  # torch has a row for each rank
         with tempfile.TemporaryDirectory() as folder:

@@ -119,11 +119,11 @@ def torch_csv(plan: Schedule) -> str:
     return "\n".join(rows) + "\n"
 
 
-def pipeline_csv(group: Group, micro: int, lowest: int) -> str:
+def pipeline_csv(group: Group, micro: int, lowest: int, hoist: int = HOIST) -> str:
     """`torch_csv` of a pipeline's step, from what its trainers know: all but profiles."""
     made_here = [""] * micro  # or taken from a queue, which is no part of the CSV
     parts = enumerate(group.trainers)
-    ops = {p.device: _stage(group, place, made_here, lowest, HOIST, 0) for place, p in parts}
+    ops = {p.device: _stage(group, place, made_here, lowest, hoist, 0) for place, p in parts}
     return torch_csv(Schedule(group, (True,) * micro, ops))
 
 
