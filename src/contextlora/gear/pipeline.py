@@ -100,21 +100,23 @@ class PipelineTeamStage(TeamStage):
     def _made(self, micro: int, size: int, width: int) -> Any:
         """torch's engine for updates of `micro` micro-batches (size, width), with our schedule."""
         embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        device, group = embedding.device, self.team.trainers
 
         def hidden(boundary: int) -> Tensor:
             grad = boundary > self.lowest  # in decoder layers: some below it learn
-            return torch.empty(size, width, embedding.shape[1], dtype=embedding.dtype, requires_grad=grad)
+            shape = size, width, embedding.shape[1]
+            return torch.empty(shape, dtype=embedding.dtype, device=device, requires_grad=grad)
 
-        given = (torch.arange(size),) if self.place == 0 else (hidden(self.first),)
-        made = torch.empty(size, requires_grad=True) if self.place == self.count - 1 else hidden(self.stop)
-        device, group = torch.device("cpu"), self.team.trainers
+        given = (torch.arange(size, device=device),) if self.place == 0 else (hidden(self.first),)
+        last = self.place == self.count - 1
+        made = torch.empty(size, device=device, requires_grad=True) if last else hidden(self.stop)
         stage = PipelineStage(
             self.layers, self.place, self.count, device, input_args=given, output_args=(made,), group=group
         )
         runtime: Any = _PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
             [stage], micro, loss_fn=_sum, scale_grads=False
         )
-        ahead = 0 if next(self.model.parameters()).is_cuda else HOIST  # NCCL runs what it is given in that order
+        ahead = 0 if embedding.is_cuda else HOIST  # NCCL runs what it is given in that order
         rows_of = pipeline_csv(self.team.group, micro, self.lowest + 1, ahead).splitlines()
         ranks = [self.team.ranks[p.device] for p in self.team.group.trainers]
         text = "\n".join(row for _, row in sorted(zip(ranks, rows_of, strict=True)))  # torch has a row for each rank
