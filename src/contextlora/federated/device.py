@@ -17,7 +17,7 @@ from contextlora.federated.layer import export, load_slice
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Bundles, Exchange, Rounds, Slot, place, rounds
-from contextlora.federated.simulate import channel_of, graph_of_devices, open_reader, shares
+from contextlora.federated.setup import channel_of, graph_of_devices, open_reader, shares
 from contextlora.training import checkpoint
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
