@@ -19,6 +19,7 @@ from contextlora.federated.simulate import simulate
 from contextlora.lora.attach import attach
 from contextlora.models.inputs import ImageFeatures
 from contextlora.strict import validate
+from federated.federation import content
 
 DEVICES = {"a": "weather", "b": "weather", "c": "light", "d": "action"}
 
@@ -53,8 +54,8 @@ def settings(words, out, **more):
 
 
 def run(words, out, **more):
-    resume = more.pop("resume", False)
-    return simulate(settings(words, out, **more), silent=True, resume=resume, reader=reader())
+    how = {k: more.pop(k) for k in ("resume", "force") if k in more}
+    return simulate(settings(words, out, **more), silent=True, reader=reader(), **how)
 
 
 def rounds(out):
@@ -78,7 +79,7 @@ def test_everyone_learns_and_has_everyones_adapter(words, tmp_path):
     assert all(r["reached"] == r["asked"] == 12 for r in found)
     for peer in peers.values():
         assert {task for _, task in peer.held.slices} == set(DEVICES.values())
-        assert not peer.refused
+        assert not peer.post.refused
         assert (tmp_path / "run" / "adapters" / peer.name / "adapter_model.safetensors").is_file()
     assert found[2]["bytes"]["slices"] < 0.8 * found[1]["bytes"]["slices"], "differences are shorter than values"
 
@@ -134,7 +135,7 @@ def test_across_clusters_gateways_pass_on_what_their_cluster_has(words, tmp_path
     peers = run(words, tmp_path / "run")
     for peer in peers.values():
         assert {task for _, task in peer.held.slices} == set(DEVICES.values())
-        assert {n: h.version for n, h in peer.heard.items()} == dict.fromkeys(DEVICES, 4)
+        assert {n: h.version for n, h in peer.post.heard.items()} == dict.fromkeys(DEVICES, 4)
     assert rounds(tmp_path / "run")[1]["bytes"]["inward"] > 0
 
 
@@ -147,9 +148,9 @@ def test_faults_cost_only_what_they_hit(words, tmp_path, what):
     if what != "late":
         whole = [["a", "b", "c", "d"]]
         assert [r["clusters"] == whole for r in found] == [True, False, False, True, True]
-    assert peers["a"].heard["b"].version == 5, "it is back"
-    assert peers["c"].heard["a"].version == 5
-    refused = sum((p.refused for p in peers.values()), start=peers["a"].refused.__class__())
+    assert peers["a"].post.heard["b"].version == 5, "it is back"
+    assert peers["c"].post.heard["a"].version == 5
+    refused = sum((p.post.refused for p in peers.values()), start=peers["a"].post.refused.__class__())
     assert bool(refused) == (what in ("corrupt", "late"))
 
 
@@ -159,28 +160,93 @@ def test_a_round_with_nobody_there_passes(words, tmp_path):
     assert {p.local.update for p in peers.values()} == {6}, "nobody was there to tell them of the round they missed"
 
 
-def test_a_stopped_run_goes_on_from_the_last_round_all_have_kept(words, tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
+class Stopped(Exception):
+    pass
 
-    out = tmp_path / "run"
+
+def stopped(words, out, monkeypatch, after, **more):
+    """A run that is cut off when devices have trained `after` times."""
     train, count = Peer.train, []
 
     def stops(self):
         count.append(self.name)
-        if len(count) == 11:  # the third device in the third round
+        if len(count) > after:
             raise Stopped
         train(self)
 
-    monkeypatch.setattr(Peer, "train", stops)
-    with pytest.raises(Stopped):
-        run(words, out)
-    monkeypatch.undo()
-    peers = run(words, out, resume=True)
-    assert [r["step"] for r in rounds(out)] == [0, 1, 2, 3]
-    assert {p.local.update for p in peers.values()} == {8}
+    with monkeypatch.context() as patch:
+        patch.setattr(Peer, "train", stops)
+        with pytest.raises(Stopped):
+            run(words, out, **more)
+
+
+def told(out):
+    """All of metrics.jsonl but when it was; what was told twice counts as it was last told."""
+    return {r["step"]: {k: v for k, v in r.items() if k != "time"} for r in rounds(out)}
+
+
+FAULTS = [
+    {"what": "kill", "who": ["b"], "rounds": [1, 2]},
+    {"what": "late", "who": ["c"], "rounds": [1, 3]},
+    {"what": "corrupt", "who": ["d"], "rounds": [2, 2]},
+]
+
+
+@pytest.mark.parametrize(
+    ("after", "how"),
+    [
+        (10, {"aggregate": "hard_routing"}),
+        (10, {"limits": {"collision": 0.0}, "wire": {"full": "bf16"}}),  # alone, they exchange through gateways only
+        (8, {"faults": FAULTS}),  # b is gone when all are stopped
+        (12, {"faults": FAULTS}),  # b comes back just when all go on
+        (15, {"faults": FAULTS, "rounds": 5}),
+        (9, {"rounds": 4, "faults": [{"what": "kill", "who": ["b"], "rounds": [2, 2]}]}),  # b is gone when all go on
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(words, tmp_path, monkeypatch, after, how):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    one = run(words, whole, **how)
+    stopped(words, cut, monkeypatch, after, **how)
+    assert 0 < len(rounds(cut)) < len(rounds(whole))
+    other = run(words, cut, resume=True, **how)
+    assert told(cut) == told(whole)
+    for name in DEVICES:
+        assert content(other[name].held) == content(one[name].held)
+        mine = [(run_ / "adapters" / name / "adapter_model.safetensors").read_bytes() for run_ in (whole, cut)]
+        assert mine[0] == mine[1]
+        assert other[name].post.inbox.seen.keys() == one[name].post.inbox.seen.keys()
+
+
+def test_what_all_devices_know_is_kept_once(words, tmp_path):
+    """The checkpoint of four devices that know each other is little more than four times that of a device alone."""
+    sizes = []
+    for devices in ({"a": "weather"}, dict.fromkeys("abcd", "weather")):
+        run(words, tmp_path / str(len(devices)), devices=devices, rounds=3)
+        (newest, _) = sorted((tmp_path / str(len(devices)) / "kept").iterdir(), reverse=True)
+        sizes.append(sum(f.stat().st_size for f in newest.iterdir()))
+    assert 3 < sizes[1] / sizes[0] < 5.5
+
+
+def test_another_federations_checkpoint_is_refused(words, tmp_path, monkeypatch):
+    stopped(words, tmp_path / "run", monkeypatch, 10)
     with pytest.raises(RunError, match="E520"):
-        run(words, out, resume=True, seed=1)
+        run(words, tmp_path / "run", resume=True, seed=1)
+
+
+def test_a_second_run_throws_nothing_away_unasked(words, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    stopped(words, out, monkeypatch, 10)
+    with pytest.raises(RunError, match=r"E522 .*--resume.*--force"):
+        run(words, out)
+    run(words, out, resume=True)
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"E521 .*--force"):
+        run(words, out)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    (out / "notes.txt").write_text("mine")
+    run(words, out, rounds=2, force=True)
+    assert [r["step"] for r in rounds(out)] == [0, 1]
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_an_unknown_task_is_named(words, tmp_path):

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from contextlora.errors import ConfigError, PeerError, did_you_mean
 from contextlora.federated.fabric import Fabric
-from contextlora.federated.federation import Federation
+from contextlora.federated.federation import Federation, save_federation
 from contextlora.federated.identity import Identity
 from contextlora.federated.identity import Peer as Known
-from contextlora.federated.keep import load_peer, save_peer
+from contextlora.federated.keep import KEPT, load_peer, refuse_a_second_run, save_peer, throw_away
 from contextlora.federated.layer import export, load_slice
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Bundles, Exchange, Rounds, Slot, place, rounds
 from contextlora.federated.setup import channel_of, graph_of_devices, open_reader, shares
-from contextlora.training import checkpoint
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
 
@@ -26,7 +25,9 @@ LOOK = 0.2  # seconds between two looks at who is still there
 GRACE = 5.0  # seconds that one who cannot be reached is waited for: on a busy machine links break for a moment
 
 
-def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, silent: bool = False) -> Peer:
+def run_device(
+    peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, force: bool = False, silent: bool = False
+) -> Peer:
     """All rounds of a device; it keeps where it stands after each, and exports its task's adapter at the end.
 
     Args:
@@ -34,14 +35,17 @@ def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, s
         fabric: of the device of the same name.
         out: where it keeps itself and its metrics.
         resume: go on from what was kept; in the others' round, if they have gone on.
+        force: throw away what an earlier run has left in `out`.
         silent: no progress bar.
 
     Raises:
-        RunError: E520 what was kept is of another federation. PeerError: E659 if no other device comes.
+        RunError: E520 what was kept is of another federation, E521 or E522 an earlier run that neither `resume` nor
+            `force` tells what to do with. PeerError: E659 if no other device comes.
     """
+    refuse_a_second_run(out, again=resume or force)
     if not resume:
-        checkpoint.clear(out / "kept")
-    if not load_peer(peer, out / "kept"):
+        throw_away(out)
+    if not load_peer(peer, out / KEPT):
         peer.calibrate()
     mail = Mail(fabric, peer.settings.wait)
     mail.wait_for(peer.others)
@@ -49,12 +53,16 @@ def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, s
     with Tracker(out, quiet=silent) as watch:
         watch.stage(f"rounds of {peer.name}", peer.settings.rounds, peer.round)
         before, exchange = peer.round, _onward(going, None)
+        save_peer(peer, out / KEPT, begins=True)
+        save_federation(peer.settings, out / "federation.yaml")
         while exchange is not None:
-            exchange = _onward(going, mail.exchange(exchange))
+            arrived = mail.exchange(exchange)
+            peer.rates = dict(fabric.goodput())
+            exchange = _onward(going, arrived)
             if peer.round > before:
-                save_peer(peer, out / "kept")
+                save_peer(peer, out / KEPT)
                 loss = sum(peer.losses) / len(peer.losses)
-                refused = dict(peer.refused + fabric.refused + mail.refused)
+                refused = dict(peer.post.refused + fabric.refused + mail.refused)
                 clusters = [list(group) for group in peer.clustering.groups]
                 numbers = {"loss": loss, "clusters": clusters, "refused": refused, "goodput": dict(fabric.goodput())}
                 watch.log(peer.round - 1, numbers)
@@ -139,12 +147,15 @@ class Mail:
         return found
 
 
-def open_device(settings: Federation, identity: Identity, peers: Mapping[str, Known]) -> Peer:
+def open_device(
+    settings: Federation, identity: Identity, peers: Mapping[str, Known], say: Callable[[str], None] = lambda _: None
+) -> Peer:
     """A device before its first round, with a base model of its own.
 
     Args:
         identity: whose name is one of the federation's devices.
         peers: the list of peers, by name.
+        say: told of what a user should know.
 
     Raises:
         ConfigError: E103 for a device that the federation or the list of peers lacks. Otherwise as for a simulation.
@@ -159,5 +170,5 @@ def open_device(settings: Federation, identity: Identity, peers: Mapping[str, Kn
     prefix = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     known = {peers[n].key: n for n in settings.devices}
     mine = shares(settings, identity.name)[identity.name]
-    planner = Planner(channel_of(settings), settings.limits)
+    planner = Planner(channel_of(settings), settings.limits, settings.radio.cast, say)
     return Peer(identity.name, settings, reader, mine, identity.key, known, planner, prefix)

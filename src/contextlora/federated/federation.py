@@ -137,6 +137,12 @@ class Federation(Strict):
                     raise ValueError(f"faults: no device '{who}'.{did_you_mean(who, self.devices)}")
         return self
 
+    @model_validator(mode="after")
+    def _rates_are_measured_at_full_power(self) -> Federation:
+        if self.radio.measured and self.trace is None and self.radio.control != "full":
+            raise ValueError("radio.measured: rates are measured at full power; set radio.control to 'full' with it")
+        return self
+
     @property
     def graph_path(self) -> Path:
         """Where the graph is read from."""
