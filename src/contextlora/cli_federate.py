@@ -96,7 +96,7 @@ def peer(
     device = open_device(settings, me, known, _warn)
     mine = {n: known[n] for n in settings.devices}
     with ZenohFabric(me, mine, settings.name, listen=listen) as fabric:
-        run_device(device, fabric, home, resume=resume, force=force)
+        run_device(device, fabric, home, resume=resume, force=force, say=_warn)
     typer.echo(f"{me.name}: {settings.rounds} rounds; its adapter is in {home / 'adapter'}")
 
 

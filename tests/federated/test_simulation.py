@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,10 +12,15 @@ import torch
 import tiny
 from contextlora.data.collate import Encoder
 from contextlora.errors import ConfigError, RunError
+from contextlora.federated.aggregate import Update, ours
+from contextlora.federated.collisions import expected_rates
 from contextlora.federated.federation import Federation
 from contextlora.federated.layer import layers
 from contextlora.federated.measure import measure
+from contextlora.federated.memory import resident
+from contextlora.federated.pack import load_packed
 from contextlora.federated.peer import Peer
+from contextlora.federated.setup import channel_of
 from contextlora.federated.simulate import simulate
 from contextlora.lora.attach import attach
 from contextlora.models.inputs import ImageFeatures
@@ -137,6 +143,68 @@ def test_across_clusters_gateways_pass_on_what_their_cluster_has(words, tmp_path
         assert {task for _, task in peer.held.slices} == set(DEVICES.values())
         assert {n: h.version for n, h in peer.post.heard.items()} == dict.fromkeys(DEVICES, 4)
     assert rounds(tmp_path / "run")[1]["bytes"]["inward"] > 0
+
+
+def test_collisions_are_counted_after_the_first_exchange(words, tmp_path):
+    """Round 0 goes by eq. 19, all later ones by the masks that travelled in it."""
+    pair = {"a": "weather", "b": "weather"}
+    peers = run(words, tmp_path / "run", devices=pair, limits={"collision": 1.0}, exchange_every=2)
+    masks = [list(peers[n].local.learns.values()) for n in "ab"]
+    rates = np.array([[m.rate for m in of] for of in masks])
+    counted = [len(np.intersect1d(x.indices, y.indices)) / x.size for x, y in zip(*masks, strict=True)]
+    first, second, *later = (r["collisions"][0] for r in rounds(tmp_path / "run"))
+    assert first == pytest.approx(expected_rates(rates).max())
+    assert second == later[0] == later[1] == max(counted) != first
+
+
+def test_devices_tell_the_rates_that_they_have_measured(words, tmp_path):
+    """Every row of the last round names what the channel gave its sender in the round before."""
+    radio = {"control": "full", "measured": True, "radius": "50 m"}
+    peers = run(words, tmp_path / "run", radio=radio, limits={"collision": 1.0, "deadline": "5 s"})
+    air = channel_of(settings(words, tmp_path / "run", radio=radio))
+    found = [r["clusters"] for r in rounds(tmp_path / "run")]
+    assert found == [[["a", "b", "c", "d"]]] * 4
+    for peer in peers.values():
+        for name, standing in peer.table.items():
+            assert standing.rates == {n: int(air.rate(2, name, n)) for n in DEVICES if n != name} or name == peer.name
+        assert peer.clustering == peers["a"].clustering
+
+
+def test_rates_are_measured_at_full_power_only(words, tmp_path):
+    with pytest.raises(ConfigError, match=r"radio\.control to 'full'"):
+        settings(words, tmp_path, radio={"measured": True})
+
+
+def test_the_yaml_asks_for_means_that_liars_cannot_turn(words, tmp_path, monkeypatch):
+    three, aggregate, seen = {"a": "weather", "b": "weather", "c": "weather"}, Peer.aggregate, []
+
+    def watched(self):
+        before = [Update(self.name, self.local.own, 1, self.round + 1, self.cluster), *self.fresh.values()], self.held
+        aggregate(self)
+        seen.append((*before, self.held))
+
+    monkeypatch.setattr(Peer, "aggregate", watched)
+    run(words, tmp_path / "run", devices=three, rounds=2, mean={"liars": 1, "clip": 2.0})
+    assert len(seen) == 6
+    for (own, *arrived), before, after in seen:
+        assert len(arrived) == 2
+        assert content(ours(own, arrived, before, liars=1, clip=2.0)) == content(after)
+        assert content(ours(own, arrived, before)) != content(after)
+
+
+def test_a_packed_cluster_is_one_b_and_what_is_lost_is_measured(words, tmp_path):
+    """Two tasks of equal rank would be needed to lose nothing; one task is its own pack, to the bit."""
+    one = {"a": "weather", "b": "weather"}
+    peers = run(words, tmp_path / "run", devices=one, rounds=2, pack=True)
+    for name in one:
+        packed = load_packed(tmp_path / "run" / "packed" / f"{name}.safetensors")
+        assert packed.collision == 0
+        assert same(packed.slice("weather"), peers[name].held.slices["", "weather"])
+    said = []
+    asked = settings(words, tmp_path / "two", devices={"a": "weather", "c": "light"}, rounds=2, pack=True)
+    simulate(asked, silent=True, reader=reader(), say=said.append)
+    assert all(re.match("[ac] is not packed: E612", s) for s in said), "tasks of different ranks"
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize("what", ["drop", "late", "corrupt", "partition", "kill"])
@@ -275,3 +343,21 @@ def test_all_devices_answer_alike_once_they_have_met(words, tmp_path):
     one, other = (measure(peers[n], "test").data() for n in "ab")
     assert one["tasks"] == other["tasks"] == ("weather", "light")
     assert one["routes"] == other["routes"]
+
+
+@pytest.mark.slow
+def test_a_hundred_devices_are_the_base_and_their_active_values(words, tmp_path):
+    """Twice the devices take twice the memory, though each knows all others; and none has a model of its own."""
+    found = {}
+    for count in (50, 100):
+        devices = {f"d{i:03d}": {"task": list(DEVICES.values())[i % 4], "data": str(words)} for i in range(count)}
+        how = {"devices": devices, "rounds": 2, "updates": 1, "slices": {"share": 0.3, "calibration": 1}}
+        peers = run(words, tmp_path / str(count), radio={"cast": "broadcast"}, **how)
+        assert len({id(p.reader.model) for p in peers.values()}) == 1
+        assert all(len(p.post.heard) == count for p in peers.values()), "all have met"
+        found[count] = resident(peers.values()), sum(p.local.own.active for p in peers.values())
+    for kind in ("own", "held", "known"):
+        assert found[100][0][kind] < 2.3 * found[50][0][kind], kind
+    memory, active = found[100]
+    assert memory["own"] < 40 * active, "values, moments and twice eight bytes of place, and steps and learning rates"
+    assert memory["known"] < 24 * active + 100 * 2000, "place, two versions, messages: once, not for each receiver"

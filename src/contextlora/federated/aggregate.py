@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,11 +181,11 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
-def strategy(name: str) -> Strategy:
-    """The strategy of that name. Raises PeerError E610."""
+def strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
+    """The strategy of that name, with these of its keywords. Raises PeerError E610."""
     if name not in STRATEGIES:
         raise PeerError("E610", f"no aggregation '{name}'.{did_you_mean(name, STRATEGIES)}")
-    return STRATEGIES[name]
+    return partial(STRATEGIES[name], **(options or {}))
 
 
 def _weighted(arrays: Sequence[NDArray[np.float32]], weights: Sequence[float], layer: Layer) -> NDArray[np.float32]:

@@ -31,7 +31,7 @@ from contextlora.federated.taskgate import TaskMean
 from contextlora.training import checkpoint
 
 KEPT, METRICS = "kept", "metrics.jsonl"
-LEFT = (KEPT, "adapter", "adapters", METRICS, "evaluation.json", "federation.yaml", "report.html")
+LEFT = (KEPT, "adapter", "adapters", "packed", "packed.safetensors", METRICS, "evaluation.json", "report.html")
 LOCAL, HELD, MEANS, KNOWN = "local|", "held|", "means|", "known|"
 
 Tensors = dict[str, Tensor]
@@ -86,15 +86,15 @@ def save_peer(peer: Peer, folder: Path, *, begins: bool = False) -> None:
     life, run = 0, run_of(peer.settings)
     if begins and (before := checkpoint.load_latest(folder, run)) is not None and before.stage == peer.round:
         life = before.update + 1
-    checkpoint.save(folder, checkpoint.Checkpoint(peer.round, life, run, tensors_of(peer)))
+    save_all(folder, run, Kept(peer.round, {peer.name: tensors_of(peer)}), life)
 
 
 def load_peer(peer: Peer, folder: Path) -> bool:
     """Takes back what was kept, if anything was. Raises RunError E520 for another federation's."""
-    found = checkpoint.load_latest(folder, run_of(peer.settings))
-    if found is not None:
-        restore(peer, found.tensors)
-    return found is not None
+    kept = load_all(folder, run_of(peer.settings)).devices.get(peer.name)
+    if kept is not None:
+        restore(peer, kept)
+    return kept is not None
 
 
 def tensors_of(peer: Peer) -> Tensors:
@@ -107,10 +107,10 @@ def tensors_of(peer: Peer) -> Tensors:
     for name, mean in peer.means.items():
         both = np.stack([mean.mean, mean.squares]).astype(np.float32)  # exact: they have travelled as bf16
         tensors[f"{MEANS}{name}|{mean.count}"] = torch.from_numpy(both)
-    return {k: t.contiguous() for k, t in tensors.items()}
+    return tensors
 
 
-def restore(peer: Peer, tensors: Tensors) -> None:
+def restore(peer: Peer, tensors: Mapping[str, Tensor]) -> None:
     """Takes back what `tensors_of` gave."""
     facts = _facts(tensors["facts"])
     peer.start(Local.of_tensors(peer.task, _below(tensors, LOCAL)))
@@ -149,7 +149,7 @@ def known_of(post: Post) -> dict[str, Content]:
     return {KNOWN + k: c for k, c in found.items()} | {KNOWN + "facts": _json(facts)}
 
 
-def restore_known(post: Post, tensors: Tensors) -> None:
+def restore_known(post: Post, tensors: Mapping[str, Tensor]) -> None:
     """Takes back what `known_of` gave; of a device that was gone then, nothing is there."""
     tensors = _below(tensors, KNOWN)
     if not tensors:
@@ -166,7 +166,7 @@ def restore_known(post: Post, tensors: Tensors) -> None:
         post.inbox.slices[name, task] = Holding(bytes.fromhex(mask), counts, values)
 
 
-# --- all devices of a simulation -----------------------------------------------------------------------------------
+# --- in one file: all devices of a simulation, or the one -------------------------------------------------------------
 
 
 @dataclass
@@ -184,13 +184,13 @@ class Kept:
     late: Late = field(default_factory=dict)
 
 
-def save_all(folder: Path, run: str, kept: Kept) -> None:
+def save_all(folder: Path, run: str, kept: Kept, life: int = 0) -> None:
     """Keeps all devices at once: a kill at any moment leaves them all in one round. Raises RunError E523."""
     pool = _Pool()
     index = {name: {k: pool.add(c) for k, c in parts.items()} for name, parts in kept.devices.items()}
     late = [(*k, sender, pool.add(data)) for k, sent in kept.late.items() for sender, data in sent]
     tensors = pool.tensors | {"index": _as_bytes(_json({"devices": index, "late": late}))}
-    checkpoint.save(folder, checkpoint.Checkpoint(kept.round, 0, run, tensors))
+    checkpoint.save(folder, checkpoint.Checkpoint(kept.round, life, run, tensors))
 
 
 def load_all(folder: Path, run: str) -> Kept:
@@ -227,7 +227,7 @@ class _Pool:
 # --- as tensors ----------------------------------------------------------------------------------------------------
 
 
-def _below(tensors: Tensors, start: str) -> Tensors:
+def _below(tensors: Mapping[str, Tensor], start: str) -> Tensors:
     return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 

@@ -202,7 +202,7 @@ class Inbox:
         return message
 
     def _open(self, data: bytes) -> Message:
-        header = read_header(data, self.limits)
+        header = self._once(("header", data), lambda: read_header(data, self.limits))
         if header.run != self.run:
             raise PeerError("E624", "a message of another run")
         name = self.peers.get(header.sender)

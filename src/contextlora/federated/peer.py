@@ -262,7 +262,8 @@ class Peer:
     def aggregate(self) -> None:
         """Puts together what it holds, its own slice included; the next round begins."""
         own = Update(self.name, self.local.own, len(self.examples), self.round + 1, self.cluster)
-        self.held = strategy(self.settings.aggregate)(own, list(self.fresh.values()), self.held)
+        s = self.settings
+        self.held = strategy(s.aggregate, s.mean.options)(own, list(self.fresh.values()), self.held)
         block = self.adapter(self.task)
         assert block is not None
         self.local = replace(self.local, block=_with_room(block, self.local.learns))

@@ -148,7 +148,7 @@ class Post:
         for via in sorted(arrived):
             data = arrived[via]
             try:
-                messages = self.once(data, lambda data=data: unbundle(data))  # type: ignore[misc]
+                messages = self.once(data, lambda data=data: self._unbundled(data))  # type: ignore[misc]
             except PeerError as e:
                 self.damaged[e.code] += 1
                 continue
@@ -159,6 +159,10 @@ class Post:
                     if e.code in ("E629", "E630", "E632"):  # what it has of the sender is no use: its row asks for all
                         sender = read_header(raw, self.inbox.limits).sender
                         self.heard.pop(self.inbox.peers[sender], None)
+
+    def _unbundled(self, data: bytes) -> list[bytes]:
+        """The messages of a bundle; one that came in another bundle too is that very object."""
+        return [self.once(("message", m), lambda m=m: m) for m in unbundle(data)]  # type: ignore[misc]
 
     def announced(self, message: bytes, task: str) -> dict[Layer, Mask]:
         """The masks of a message that was let in before."""

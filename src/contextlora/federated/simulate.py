@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextlora.federated.channel import Channel, RadioChannel
+from contextlora.federated.deliver import deliver
 from contextlora.federated.fabric.local import Hub, Traffic
 from contextlora.federated.federation import Federation, save_federation
 from contextlora.federated.keep import (
@@ -25,7 +26,6 @@ from contextlora.federated.keep import (
     tensors_of,
     throw_away,
 )
-from contextlora.federated.layer import export, load_slice
 from contextlora.federated.live import live
 from contextlora.federated.once import Once
 from contextlora.federated.peer import Peer
@@ -113,8 +113,7 @@ def simulate(
     for name in sorted(settings.devices.keys() - peers.keys()):  # with nothing left to do
         start(name)
     for name, peer in sorted(peers.items()):
-        load_slice(reader.model, peer.local.block)
-        export(reader.model, peer.task, out / "adapters" / name, settings.model)
+        deliver(peer, out / "adapters" / name, out / "packed" / f"{name}.safetensors", say)
     return peers
 
 
