@@ -15,7 +15,7 @@ from contextlora.cli import app
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A federation whose model would not even open: nothing that is tested here comes so far."""
-    data = tiny.write_data(tmp_path / "data", train=6, test=2)
+    data = tiny.write_data(tmp_path / "data", train=12, test=2)
     (data / "graph.yaml").write_text(json.dumps(tiny.graph().to_dict()))
     path = tmp_path / "federation.yaml"
     settings = {"model": "no-such-model", "out": "run", "devices": {"ant": "weather", "bee": "light"}}

@@ -104,7 +104,7 @@ def simulate(
             numbers = standing(round_, peers, there, traffic, channel, told)
             told.update({name: peers[name].post.refused for name in there})
             watch.log(round_, numbers)  # first: a round that was kept has its line
-            devices = kept.devices | {n: tensors_of(p) for n, p in peers.items()}
+            devices: dict[str, Any] = {**kept.devices, **{n: tensors_of(p) for n, p in peers.items()}}
             devices |= {n: devices[n] | known_of(peers[n].post) for n in there}
             save_all(out / KEPT, run_of(settings), Kept(round_ + 1, devices, hub.late))
             show(round_, numbers)

@@ -174,7 +174,7 @@ def _table(rounds: Sequence[Round]) -> str:
         ("devices", lambda r: str(sum(map(len, r.clusters)) if r.device else len(r.losses))),
         ("loss", lambda r: f"{r.loss:.4f}"),
         ("clusters", lambda r: str(len(r.clusters))),
-        *((f"{s}, bytes", lambda r, s=s: f"{r.bytes.get(s, 0):,}") for s in slots(rounds)),  # type: ignore[misc]
+        *((f"{s}, bytes", lambda r, s=s: f"{r.bytes.get(s, 0):,}") for s in slots(rounds)),
         ("bytes", lambda r: f"{r.sent:,}"),
         ("bytes received", lambda r: f"{sum(r.received.values()):,}" if r.device else None),
         ("J", lambda r: None if r.energy is None else f"{r.energy:.4g}"),

@@ -54,7 +54,7 @@ class Fabric(Protocol):
 
     name: str
     refused: Counter[str]
-    traffic: Mapping[str, Traffic]
+    traffic: dict[str, Traffic]
 
     def now(self) -> float:
         """The time by which deadlines are meant; it never goes back."""
