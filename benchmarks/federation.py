@@ -26,7 +26,7 @@ from contextlora.federated.memory import resident
 from contextlora.federated.setup import graph_of_devices, open_reader
 from contextlora.federated.simulate import simulate
 
-TASKS = {"sum": "even or odd", "more": "more than ten or not", "three": "a multiple of three or not", "last": "ends low"}
+TASKS = {"odd": "odd", "more": "more than ten", "three": "a multiple of three", "low": "low in its last digit"}
 WIDTH = 8  # examples of each device
 
 
@@ -34,9 +34,11 @@ def write_data(folder: Path, devices: int) -> None:
     rng, lines = random.Random(0), []
     for i in range(devices * WIDTH):
         a, b = rng.randrange(10), rng.randrange(10)
-        truth = {"sum": (a + b) % 2, "more": a + b > 10, "three": (a + b) % 3 == 0, "last": (a + b) % 10 < 5}
+        truth = {"odd": (a + b) % 2, "more": a + b > 10, "three": (a + b) % 3 == 0, "low": (a + b) % 10 < 5}
         answers = {task: ["yes" if value else "no"] for task, value in truth.items()}
-        lines.append({"id": str(i), "split": "train", "answers": answers, "questions": {t: f"{a} + {b}?" for t in TASKS}})
+        lines.append(
+            {"id": str(i), "split": "train", "answers": answers, "questions": dict.fromkeys(TASKS, f"{a} + {b}?")}
+        )
     folder.mkdir()
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tasks = {t: {"question": f"Is the sum {what}?", "options": ["no", "yes"]} for t, what in TASKS.items()}

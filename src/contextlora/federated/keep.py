@@ -119,12 +119,18 @@ def restore(peer: Peer, tensors: Mapping[str, Tensor]) -> None:
     for key, t in _below(tensors, HELD).items():
         cluster, task, name = key.split("|", 2)
         slices.setdefault((cluster, task), {})[name] = t
-    peer.held = Held({k: _slice(k[1], parts) for k, parts in slices.items()}, peer.held.choice)
+    peer.held = Held({k: _shared(peer, k[1], parts) for k, parts in slices.items()}, peer.held.choice)
     for name, task, what, version, round_ in facts["seen"]:
         peer.post.inbox.seen[name, task, what] = (version, round_)
     for key, t in _below(tensors, MEANS).items():
         name, count = key.split("|")
         peer.means[name] = TaskMean(int(count), *t.numpy().astype(np.float64))
+
+
+def _shared(peer: Peer, task: str, parts: Tensors) -> Slice:
+    """A slice that was kept; the same object for all devices that kept the same."""
+    key = ("kept", task, *map(id, parts.values()))
+    return peer.once(key, lambda: (parts, _slice(task, parts)))[1]
 
 
 # --- what a device knows of others ---------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ class Kept:
     """
 
     round: int = 0
-    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    devices: dict[str, Any] = field(default_factory=dict)
     late: Late = field(default_factory=dict)
 
 

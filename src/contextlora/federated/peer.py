@@ -263,7 +263,7 @@ class Peer:
         """Puts together what it holds, its own slice included; the next round begins."""
         own = Update(self.name, self.local.own, len(self.examples), self.round + 1, self.cluster)
         s = self.settings
-        self.held = strategy(s.aggregate, s.mean.options)(own, list(self.fresh.values()), self.held)
+        self.held = strategy(s.aggregate, s.mean.options, self.once)(own, list(self.fresh.values()), self.held)
         block = self.adapter(self.task)
         assert block is not None
         self.local = replace(self.local, block=_with_room(block, self.local.learns))

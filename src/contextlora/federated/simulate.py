@@ -80,7 +80,7 @@ def simulate(
 
     def start(name: str) -> Rounds:
         """A device that begins, or that comes back: after a kill without what it knew of others."""
-        before = tensors_of(peers[name]) if name in peers else kept.devices.get(name)
+        before = tensors_of(peers[name]) if name in peers else kept.devices.pop(name, None)
         peer = Peer(name, settings, reader, data[name], keys[name], known, planner, prefix, once)
         if before is None:
             peer.calibrate()
