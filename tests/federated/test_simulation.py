@@ -130,7 +130,7 @@ def test_single_devices_meet_only_when_clusters_exchange(words, tmp_path):
 def test_across_clusters_gateways_pass_on_what_their_cluster_has(words, tmp_path, monkeypatch):
     from contextlora.federated import planner as module
 
-    def two(members, *_):
+    def two(members, *_, **__):
         from contextlora.federated.cluster import Clustering
 
         there = sorted(m.id for m in members)

@@ -35,7 +35,7 @@ LEFT = (KEPT, "adapter", "adapters", "packed", "packed.safetensors", METRICS, "e
 LOCAL, HELD, MEANS, KNOWN = "local|", "held|", "means|", "known|"
 
 Tensors = dict[str, Tensor]
-Content = Tensor | NDArray[np.float32] | bytes  # what many hold alike is the same object
+Content = Tensor | NDArray[np.floating] | bytes  # what many hold alike is the same object
 Late = Mapping[tuple[str, str], list[tuple[str, bytes]]]
 
 
@@ -86,7 +86,7 @@ def save_peer(peer: Peer, folder: Path, *, begins: bool = False) -> None:
     life, run = 0, run_of(peer.settings)
     if begins and (before := checkpoint.load_latest(folder, run)) is not None and before.stage == peer.round:
         life = before.update + 1
-    save_all(folder, run, Kept(peer.round, {peer.name: tensors_of(peer)}), life)
+    save_all(folder, run, Kept(peer.round, {peer.name: parts_of(peer)}), life)
 
 
 def load_peer(peer: Peer, folder: Path) -> bool:
@@ -97,21 +97,27 @@ def load_peer(peer: Peer, folder: Path) -> bool:
     return kept is not None
 
 
-def tensors_of(peer: Peer) -> Tensors:
-    """What a device keeps for itself."""
-    facts = {"round": peer.round, "said": peer.said, "rates": peer.rates}
+def parts_of(peer: Peer) -> dict[str, Content]:
+    """What a device keeps for itself; no copies of what others have too."""
+    facts: dict[str, Any] = {"round": peer.round, "said": peer.said, "rates": peer.rates}
     facts["seen"] = [[*k, *v] for k, v in peer.post.inbox.seen.items()]
-    tensors = {LOCAL + name: t for name, t in peer.local.tensors().items()} | {"facts": _as_bytes(_json(facts))}
+    tensors: dict[str, Content] = {LOCAL + name: t for name, t in peer.local.tensors().items()}
+    tensors["facts"] = _json(facts)
     for (cluster, task), slice_ in peer.held.slices.items():
-        tensors |= {f"{HELD}{cluster}|{task}|{name}": t for name, t in _of_slice(slice_).items()}
+        flat = peer.once(("flat", id(slice_)), lambda slice_=slice_: (slice_, _of_slice(slice_)))[1]  # type: ignore[misc]
+        tensors |= {f"{HELD}{cluster}|{task}|{name}": t for name, t in flat.items()}
     for name, mean in peer.means.items():
-        both = np.stack([mean.mean, mean.squares]).astype(np.float32)  # exact: they have travelled as bf16
-        tensors[f"{MEANS}{name}|{mean.count}"] = torch.from_numpy(both)
+        tensors |= {f"{MEANS}{name}|{mean.count}|mean": mean.mean, f"{MEANS}{name}|{mean.count}|squares": mean.squares}
     return tensors
 
 
+def tensors_of(peer: Peer) -> Tensors:
+    """The same as it is read back."""
+    return {name: _tensor(content) for name, content in parts_of(peer).items()}
+
+
 def restore(peer: Peer, tensors: Mapping[str, Tensor]) -> None:
-    """Takes back what `tensors_of` gave."""
+    """Takes back what `parts_of` gave."""
     facts = _facts(tensors["facts"])
     peer.start(Local.of_tensors(peer.task, _below(tensors, LOCAL)))
     peer.round, peer.said, peer.rates = facts["round"], facts["said"], facts["rates"]
@@ -122,9 +128,11 @@ def restore(peer: Peer, tensors: Mapping[str, Tensor]) -> None:
     peer.held = Held({k: _shared(peer, k[1], parts) for k, parts in slices.items()}, peer.held.choice)
     for name, task, what, version, round_ in facts["seen"]:
         peer.post.inbox.seen[name, task, what] = (version, round_)
-    for key, t in _below(tensors, MEANS).items():
-        name, count = key.split("|")
-        peer.means[name] = TaskMean(int(count), *t.numpy().astype(np.float64))
+    means = _below(tensors, MEANS)
+    for name, count, what in (key.split("|") for key in means):
+        if what == "mean":
+            mean, squares = (means[f"{name}|{count}|{w}"].numpy() for w in ("mean", "squares"))
+            peer.means[name] = TaskMean(int(count), mean, squares)
 
 
 def _shared(peer: Peer, task: str, parts: Tensors) -> Slice:
@@ -195,7 +203,7 @@ def save_all(folder: Path, run: str, kept: Kept, life: int = 0) -> None:
     pool = _Pool()
     index = {name: {k: pool.add(c) for k, c in parts.items()} for name, parts in kept.devices.items()}
     late = [(*k, sender, pool.add(data)) for k, sent in kept.late.items() for sender, data in sent]
-    tensors = pool.tensors | {"index": _as_bytes(_json({"devices": index, "late": late}))}
+    tensors = pool.tensors | {"index": _tensor(_json({"devices": index, "late": late}))}
     checkpoint.save(folder, checkpoint.Checkpoint(kept.round, life, run, tensors))
 
 
@@ -222,10 +230,10 @@ class _Pool:
     def add(self, content: Content) -> str:
         """The name of a content, of which the caller must not let go before the pool."""
         if id(content) not in self._names:
-            data = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else np.asarray(content)
+            data = _array(content)
             name = hashlib.sha256(f"{data.dtype}{data.shape}".encode() + data.tobytes()).hexdigest()[:32]
             if name not in self.tensors:
-                self.tensors[name] = torch.tensor(data)
+                self.tensors[name] = _tensor(content)
             self._names[id(content)] = name
         return self._names[id(content)]
 
@@ -237,12 +245,16 @@ def _below(tensors: Mapping[str, Tensor], start: str) -> Tensors:
     return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
+def _array(content: Content) -> NDArray[Any]:
+    return np.frombuffer(content, np.uint8) if isinstance(content, bytes) else np.asarray(content)
+
+
+def _tensor(content: Content) -> Tensor:
+    return torch.tensor(_array(content))
+
+
 def _json(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode()
-
-
-def _as_bytes(data: bytes) -> Tensor:
-    return torch.tensor(np.frombuffer(data, np.uint8))
 
 
 def _facts(t: Tensor) -> Any:
@@ -254,7 +266,7 @@ def _of_slice(slice_: Slice) -> Tensors:
     layers = [(layer, *mask.shape) for layer, mask in slice_.masks.items()]
     bits = np.concatenate([mask.bitmap() for mask in slice_.masks.values()])
     values = np.concatenate([slice_.values[layer] for layer, *_ in layers])
-    return {"layers": _as_bytes(_json(layers)), "bits": torch.from_numpy(bits), "values": torch.from_numpy(values)}
+    return {"layers": _tensor(_json(layers)), "bits": torch.from_numpy(bits), "values": torch.from_numpy(values)}
 
 
 def _slice(task: str, parts: Tensors) -> Slice:

@@ -18,6 +18,7 @@ from contextlora.federated.keep import (
     Kept,
     known_of,
     load_all,
+    parts_of,
     refuse_a_second_run,
     restore,
     restore_known,
@@ -100,13 +101,13 @@ def simulate(
         save_federation(settings, out / "federation.yaml")
 
         def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
-            once.forget()
             numbers = standing(round_, peers, there, traffic, channel, told)
             told.update({name: peers[name].post.refused for name in there})
             watch.log(round_, numbers)  # first: a round that was kept has its line
-            devices: dict[str, Any] = {**kept.devices, **{n: tensors_of(p) for n, p in peers.items()}}
+            devices: dict[str, Any] = {**kept.devices, **{n: parts_of(p) for n, p in peers.items()}}
             devices |= {n: devices[n] | known_of(peers[n].post) for n in there}
             save_all(out / KEPT, run_of(settings), Kept(round_ + 1, devices, hub.late))
+            once.forget()
             show(round_, numbers)
 
         hub.run(start, kept.round, after)
