@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import socket
 import ssl
 import statistics
@@ -26,15 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from contextlora.federated.fabric.zenoh import ZenohFabric
-from contextlora.federated.identity import (
-    create_authority,
-    create_identity,
-    load_identity,
-    load_peers,
-    read_peer,
-    save_peers,
-    sign_request,
-)
+from contextlora.federated.identity import enroll_here, load_identity, load_peers
 
 NAMES = ["ant", "bee", "cat"]
 PAUSE = 0.8  # seconds from the start of one round to that of the next
@@ -121,17 +112,6 @@ def by_sockets(folder: Path, name: str, size: int, count: int) -> dict[str, obje
     return rounds(count, one)
 
 
-def enroll(folder: Path) -> None:
-    create_authority(folder / "authority")
-    peers, sockets = [], [socket.create_server(("127.0.0.1", 0)) for _ in NAMES]
-    for name, free in zip(NAMES, sockets, strict=True):
-        issued = sign_request(folder / "authority", create_identity(folder / name, name))
-        shutil.copy(issued, folder / name / "certificate.pem")
-        peers.append(read_peer(issued, f"127.0.0.1:{free.getsockname()[1]}"))
-        free.close()
-    save_peers(folder / "peers.yaml", peers)
-
-
 def measure(how: str, folder: Path, size: int, count: int) -> list[dict[str, object]]:
     """Runs the three processes; what each of them says."""
     what, pipe = [str(folder), str(size), str(count)], subprocess.PIPE
@@ -165,7 +145,7 @@ def main() -> None:
     medians = {}
     for how in ("fabric", "sockets"):
         with tempfile.TemporaryDirectory() as folder:
-            enroll(Path(folder))
+            enroll_here(folder, NAMES)
             said = measure(how, Path(folder), options.bytes, options.rounds + 1)
         slowest = [1e3 * max(r) for r in zip(*(s["took"] for s in said), strict=True)][1:]  # the first one warms up
         cuts = statistics.quantiles(slowest, n=10)

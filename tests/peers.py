@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from contextlora.federated.fabric.zenoh import ZenohFabric, configuration
-from contextlora.federated.identity import (
-    create_authority,
-    create_identity,
-    load_identity,
-    load_peers,
-    read_peer,
-    save_peers,
-    sign_request,
-)
+from contextlora.federated.identity import load_identity, load_peers, save_peers
 from contextlora.federated.wire import run_hash
 
 RUN = "test"
@@ -36,18 +27,6 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
-
-
-def enroll(folder: Path, names: Sequence[str]) -> None:
-    """Makes authority and devices under `folder`, and peers.yaml."""
-    if not (folder / "authority").exists():
-        create_authority(folder / "authority")
-    peers = []
-    for name, port in zip(names, free_ports(len(names)), strict=True):
-        issued = sign_request(folder / "authority", create_identity(folder / name, name))
-        shutil.copy(issued, folder / name / "certificate.pem")
-        peers.append(read_peer(issued, f"127.0.0.1:{port}"))
-    save_peers(folder / "peers.yaml", peers)
 
 
 def fabric(folder: Path, name: str, peers: Path | None = None, **more: Any) -> ZenohFabric:

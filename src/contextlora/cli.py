@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from contextlora.cli_federate import federate
 from contextlora.errors import ConfigError, ContextLoRAError
+from contextlora.options import Json, Part, Set
 
 if TYPE_CHECKING:
     from contextlora.config import RunConfig
@@ -99,17 +100,7 @@ class Chain(StrEnum):
     predicted = "predicted"
 
 
-class Part(StrEnum):
-    """A split of the data."""
-
-    train = "train"
-    valid = "valid"
-    test = "test"
-
-
 Config = Annotated[Path, typer.Argument(help="Run configuration (YAML), or a run's folder.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. train.epochs=2. Repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks, separated by commas. Default: all.")]
 Base = Annotated[str | None, typer.Option(help="Base model, where it is not the one that the adapter names.")]
 Device = Annotated[str | None, typer.Option(help='Where to run, e.g. "cpu" or "cuda".')]

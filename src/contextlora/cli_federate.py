@@ -9,6 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from contextlora.options import Json, Part, Set
+
+Force = Annotated[bool, typer.Option("--force", help="Throw away what an earlier run has left in `out`.")]
+
 
 class _ConfigOrCommand(TyperGroup):
     """`federate CONFIG` simulates; what is no command is taken for a configuration."""
@@ -33,24 +37,28 @@ def _about() -> None:
 @federate.command()
 def simulate(
     config: Annotated[Path, typer.Argument(help="The federation's YAML.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override, e.g. rounds=4. Repeatable.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round that all have kept.")] = False,
-    split: Annotated[str | None, typer.Option("--eval", help="At the end ask one device about this split.")] = None,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round, bit-exactly.")] = False,
+    force: Force = False,
+    split: Annotated[Part | None, typer.Option("--eval", help="At the end ask one device about this split.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task that --eval asks.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Simulate a federation: the rounds, messages and clusters of real devices over a modelled channel."""
     from contextlora.federated.federation import load_federation
-    from contextlora.federated.measure import measure
+    from contextlora.federated.measure import measure, questions
+    from contextlora.federated.setup import graph_of_devices
     from contextlora.federated.simulate import simulate as run_rounds
 
     settings = load_federation(config, tuple(overrides or ()))
-    peers = run_rounds(settings, resume=resume, silent=as_json)
+    if split is not None:
+        questions(settings, graph_of_devices(settings), split.value)  # what cannot be asked is told before the rounds
+    peers = run_rounds(settings, resume=resume, force=force, silent=as_json, say=_warn)
     found: dict[str, Any] = {"out": settings.out, "devices": sorted(peers)}
     if split is not None:
         asked = peers[min(peers)]
-        measured = measure(asked, split, limit=limit)
-        found["measured"] = {"device": asked.name, "split": split, **measured.data()}
+        measured = measure(asked, split.value, limit=limit)
+        found["measured"] = {"device": asked.name, "split": split.value, **measured.data()}
         path = Path(settings.out) / "evaluation.json"
         path.write_text(json.dumps(found["measured"], indent=1))
     if as_json:
@@ -71,21 +79,24 @@ def peer(
     peers: Annotated[Path, typer.Option(help="The list of peers (peers.yaml).")],
     listen: Annotated[str | None, typer.Option(help="host:port to listen on, if not as in the list.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where it keeps itself; OUT/NAME by default.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override; alike on all devices.")] = None,
+    overrides: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Rejoin with what was kept.")] = False,
+    force: Force = False,
 ) -> None:
     """Be one real device: train, and exchange slices with the others over mTLS."""
     from contextlora.federated.device import open_device, run_device
     from contextlora.federated.fabric.zenoh import ZenohFabric
     from contextlora.federated.federation import load_federation
     from contextlora.federated.identity import load_identity, load_peers
+    from contextlora.federated.keep import refuse_a_second_run
 
     settings, me, known = load_federation(config, tuple(overrides or ())), load_identity(identity), load_peers(peers)
-    device = open_device(settings, me, known)
     home = out or Path(settings.out) / me.name
+    refuse_a_second_run(home, again=resume or force)  # before the model is opened, which takes its time
+    device = open_device(settings, me, known, _warn)
     mine = {n: known[n] for n in settings.devices}
     with ZenohFabric(me, mine, settings.name, listen=listen) as fabric:
-        run_device(device, fabric, home, resume=resume)
+        run_device(device, fabric, home, resume=resume, force=force, say=_warn)
     typer.echo(f"{me.name}: {settings.rounds} rounds; its adapter is in {home / 'adapter'}")
 
 
@@ -120,3 +131,7 @@ def enroll(
         parts = (entry.partition("@") for entry in add or ())
         save_peers(folder / "peers.yaml", [read_peer(file, endpoint or None) for file, _, endpoint in parts])
         typer.echo(f"wrote {folder / 'peers.yaml'}; every device needs it")
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)

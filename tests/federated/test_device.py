@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ import yaml
 
 import tiny
 from contextlora.federated.federation import load_federation
-from contextlora.federated.identity import create_authority, create_identity, read_peer, save_peers, sign_request
+from contextlora.federated.identity import enroll_here
 from contextlora.federated.simulate import simulate
 from federated.worker import fingerprint, tiny_reader
 
@@ -44,15 +42,7 @@ def home(tmp_path_factory):
         "devices": DEVICES,
     }
     (folder / "federation.yaml").write_text(yaml.safe_dump(settings))
-    create_authority(folder / "authority")
-    peers = []
-    for name in DEVICES:
-        issued = sign_request(folder / "authority", create_identity(folder / name, name))
-        shutil.copy(issued, folder / name / "certificate.pem")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            peers.append(read_peer(issued, f"127.0.0.1:{s.getsockname()[1]}"))
-    save_peers(folder / "peers.yaml", peers)
+    enroll_here(folder, DEVICES)
     return folder
 
 
@@ -88,6 +78,9 @@ def test_three_processes_end_with_the_bytes_of_the_simulation(home):
         finished(w)
     peers = simulate(load_federation(home / "federation.yaml"), silent=True, reader=tiny_reader())
     assert there(home, "ant") == [3] * 4
+    for r in lines(home, "ant"):
+        assert r["arrived"] == r["awaited"] > 0
+        assert min(r["bytes"]["slices"], r["received"]["slices"]) > 300, "each way a signed message at least"
     for name, peer in peers.items():
         real = json.loads((home / f"{name}.json").read_text())
         assert real["held"] == fingerprint(peer.held), name

@@ -23,6 +23,7 @@ from contextlora.federated.identity import (
     check_name,
     create_authority,
     create_identity,
+    enroll_here,
     load_identity,
     load_peers,
     read_peer,
@@ -34,9 +35,7 @@ from contextlora.federated.identity import (
 @pytest.fixture
 def enrolled(tmp_path):
     """An authority and one device, ant, with its certificate."""
-    create_authority(tmp_path / "authority")
-    issued = sign_request(tmp_path / "authority", create_identity(tmp_path / "ant", "ant"))
-    shutil.copy(issued, tmp_path / "ant" / "certificate.pem")
+    enroll_here(tmp_path, ["ant"])
     return tmp_path
 
 

@@ -243,7 +243,7 @@ def test_a_sum_that_overflows_is_refused():
     up = encode(big, [values().size], Codec.BF16)
     with np.errstate(over="ignore"):
         state = hashlib.sha256((big + big).tobytes()).digest()
-    head = Header(Kind.DELTA, run_hash("r1"), "math", 2, 2, 1, Codec.BF16, big.size, out._mask, state)
+    head = Header(Kind.DELTA, run_hash("r1"), "math", 2, 2, 1, Codec.BF16, big.size, out.mask, state)
     refused(box, seal(head, up, KEY), "E632")
 
 

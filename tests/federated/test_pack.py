@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contextlora.errors import PeerError
-from contextlora.federated.pack import collision, pack
+from contextlora.federated.pack import collision, load_packed, pack, save_packed
 from contextlora.federated.slices import Mask, Slice
 
 
@@ -68,3 +68,25 @@ def test_what_does_not_belong_together_is_refused():
         pack([sparse("a", rng), sparse("a", rng)], 1)
     with pytest.raises(PeerError, match=r"E612 l\.0"):
         pack([sparse("a", rng), of_dense("b", {"l.0": np.ones((3, 5))})], 1)
+
+
+def test_ranks_that_differ_are_refused_whatever_their_bitmaps_lengths():
+    rng = np.random.default_rng(1)
+    slices = [sparse("a", rng, shapes={"l": (4, 32)}), sparse("b", rng, shapes={"l": (3, 32)})]
+    with pytest.raises(PeerError, match="E612 l:"):
+        pack(slices, 1.0)
+
+
+def test_what_is_packed_is_read_back_from_its_file(tmp_path):
+    rng = np.random.default_rng(2)
+    packed = pack([sparse(f"t{i}", rng, 0.4) for i in range(3)], 1.0)
+    save_packed(packed, tmp_path / "packed.safetensors")
+    again = load_packed(tmp_path / "packed.safetensors")
+    assert again.collision == packed.collision > 0
+    for task in packed.bitmaps:
+        for layer, mask in packed.slice(task).masks.items():
+            assert np.array_equal(again.slice(task).masks[layer].indices, mask.indices)
+            assert again.slice(task).values[layer].tobytes() == packed.slice(task).values[layer].tobytes()
+    (tmp_path / "other").write_bytes(b"rubbish")
+    with pytest.raises(PeerError, match="E601"):
+        load_packed(tmp_path / "other")

@@ -43,7 +43,8 @@ def standings(draw):
     sizes = draw(st.lists(st.integers(1, 2**31), min_size=1, max_size=5))
     active = tuple(draw(st.integers(0, s)) for s in sizes)
     have = draw(st.dictionaries(NAMES, st.integers(0, 2**31), max_size=4))
-    return sizes, Standing("a", active, draw(st.integers(1, 2**40)), draw(st.integers(1, 10**6)), have)
+    rates = draw(st.dictionaries(NAMES, st.integers(0, 2**50), max_size=4))
+    return sizes, Standing("a", active, draw(st.integers(1, 2**40)), draw(st.integers(1, 10**6)), have, rates)
 
 
 @given(standings())
@@ -54,7 +55,7 @@ def test_a_row_is_where_its_device_stands(made):
     assert member.sparsity == tuple(n / s for n, s in zip(standing.active, sizes, strict=True))
 
 
-GOOD = {"active": "0000000200000001", "bits": 80, "samples": 3, "have": "b=1 c=0"}
+GOOD = {"active": "0000000200000001", "bits": 80, "samples": 3, "have": "b=1 c=0", "rates": "b=48000000"}
 
 
 @pytest.mark.parametrize(
@@ -69,11 +70,19 @@ GOOD = {"active": "0000000200000001", "bits": 80, "samples": 3, "have": "b=1 c=0
         {"samples": None},
         {"have": "b"},
         {"have": "b=x"},
+        {"rates": "b=-1"},
+        {"rates": "b=1e6"},
+        {"rates": "x=5"},
     ],
 )
 def test_rows_that_no_device_writes_are_refused(change):
     assert Standing.read("a", GOOD, [10, 10], "x").active == (2, 1)
     with pytest.raises(PeerError, match="E603 x: not a row"):
         Standing.read("a", GOOD | change, [10, 10], "x")
+
+
+@pytest.mark.parametrize("lacking", ["active", "bits", "samples", "have"])
+def test_a_row_has_all_its_fields(lacking):
     with pytest.raises(PeerError, match="E603"):
-        Standing.read("a", {k: v for k, v in GOOD.items() if k not in change}, [10, 10], "x")
+        Standing.read("a", {k: v for k, v in GOOD.items() if k != lacking}, [10, 10], "x")
+    assert Standing.read("a", {k: v for k, v in GOOD.items() if k != "rates"}, [10, 10], "x").rates == {}

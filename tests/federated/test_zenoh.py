@@ -12,10 +12,10 @@ import pytest
 from contextlora.errors import PeerError
 from contextlora.federated.fabric.transfers import CHUNK, WINDOW
 from contextlora.federated.fabric.zenoh import ZenohFabric
-from contextlora.federated.identity import load_identity, load_peers
+from contextlora.federated.identity import enroll_here, load_identity, load_peers
 from contextlora.federated.settings import Limits
 from contextlora.federated.trace import MeasuredChannel
-from peers import RUN, by_way_of, enroll, fabric, free_ports, meet, message_of, receive_all, until
+from peers import RUN, by_way_of, fabric, free_ports, meet, message_of, receive_all, until
 from proxy import Proxy
 
 NAMES = ["ant", "bee", "cat"]
@@ -24,7 +24,7 @@ NAMES = ["ant", "bee", "cat"]
 @pytest.fixture
 def devices(tmp_path):
     """Three enrolled devices that have met."""
-    enroll(tmp_path, NAMES)
+    enroll_here(tmp_path, NAMES)
     found = {name: fabric(tmp_path, name) for name in NAMES}
     meet(*found.values())
     yield found
@@ -64,7 +64,7 @@ def test_a_megabyte_from_everyone_to_everyone(devices):
 
 
 def test_goodput_of_a_throttled_link_is_measured_and_recorded(tmp_path):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     with Proxy(load_peers(tmp_path / "peers.yaml")["ant"].endpoint, rate=1e6) as proxy:
         ant, bee = fabric(tmp_path, "ant"), fabric(tmp_path, "bee", by_way_of(tmp_path, "ant", proxy.port))
         with ant, bee:
@@ -83,7 +83,7 @@ def test_goodput_of_a_throttled_link_is_measured_and_recorded(tmp_path):
 
 
 def test_a_transfer_that_is_cut_goes_on_where_it_was(tmp_path):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     size, message = 2 << 20, message_of("bee", 0, 2 << 20)
     with Proxy(load_peers(tmp_path / "peers.yaml")["ant"].endpoint, rate=2e6) as proxy:
         ant, bee = fabric(tmp_path, "ant"), fabric(tmp_path, "bee", by_way_of(tmp_path, "ant", proxy.port))
@@ -101,7 +101,7 @@ def test_a_transfer_that_is_cut_goes_on_where_it_was(tmp_path):
 
 
 def test_a_device_without_an_endpoint_calls_the_others(tmp_path):
-    enroll(tmp_path, NAMES)
+    enroll_here(tmp_path, NAMES)
     text = (tmp_path / "peers.yaml").read_text().splitlines()
     hidden = [line.split(", endpoint")[0] + "}" if '"ant"' in line else line for line in text]
     (tmp_path / "peers.yaml").write_text("\n".join(hidden))
@@ -116,7 +116,7 @@ def test_a_device_without_an_endpoint_calls_the_others(tmp_path):
 
 
 def test_a_message_waits_for_a_peer_that_comes_before_the_deadline_and_not_for_one_that_comes_later(tmp_path):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     with fabric(tmp_path, "ant") as ant:
         start = ant.now()
         ant.send(["bee"], b"early", start + 0.5)
@@ -140,7 +140,7 @@ def test_what_comes_after_the_deadline_is_there_at_the_next_call(devices):
 
 
 def test_closing_is_quick_seen_at_once_and_final(tmp_path):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     before = threading.active_count()
     ant, bee = fabric(tmp_path, "ant"), fabric(tmp_path, "bee")
     meet(ant, bee)
@@ -164,7 +164,7 @@ def test_closing_is_quick_seen_at_once_and_final(tmp_path):
 
 
 def test_faults_that_a_user_can_make(tmp_path):
-    enroll(tmp_path, NAMES)
+    enroll_here(tmp_path, NAMES)
     with fabric(tmp_path, "ant") as ant:
         with pytest.raises(PeerError, match=r"E657 no peer 'bea'\. Did you mean 'bee'\?"):
             ant.send(["bee", "bea"], b"x", 0.0)
@@ -181,7 +181,7 @@ def test_faults_that_a_user_can_make(tmp_path):
 
 
 def test_another_runs_devices_do_not_hear_this_one(tmp_path):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     peers = load_peers(tmp_path / "peers.yaml")
     with fabric(tmp_path, "ant") as ant, ZenohFabric(load_identity(tmp_path / "bee"), peers, "another") as bee:
         bee.send(["ant"], b"x", bee.now() + 10)
@@ -190,7 +190,7 @@ def test_another_runs_devices_do_not_hear_this_one(tmp_path):
 
 
 def test_listening_elsewhere_than_others_call(tmp_path):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     (port,) = free_ports(1)
     moved = by_way_of(tmp_path, "ant", port)
     with fabric(tmp_path, "ant", listen=f"0.0.0.0:{port}") as ant, fabric(tmp_path, "bee", moved) as bee:

@@ -45,7 +45,7 @@ def main(name: str, home: Path, resume: bool) -> None:
     peer = device.open_device(settings, me, peers)
     with ZenohFabric(me, peers, settings.name) as fabric:
         device.run_device(peer, fabric, home / settings.name / name, resume=resume, silent=True)
-    found = {"held": fingerprint(peer.held), "refused": dict(peer.refused), "heard": sorted(peer.heard)}
+    found = {"held": fingerprint(peer.held), "refused": dict(peer.post.refused), "heard": sorted(peer.post.heard)}
     (home / f"{name}.json").write_text(json.dumps(found))
 
 

@@ -84,7 +84,7 @@ def seen(words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 @pytest.fixture
 def folder(seen: tuple[Path, str], tmp_path: Path) -> Path:
     """The run's folder, to do with as one likes."""
-    return Path(shutil.copytree(seen[0], tmp_path / "run", ignore=shutil.ignore_patterns("devices", "adapters")))
+    return Path(shutil.copytree(seen[0], tmp_path / "run", ignore=shutil.ignore_patterns("kept", "adapters")))
 
 
 @pytest.fixture(scope="module")
@@ -370,5 +370,5 @@ def test_kept_settings_mean_the_same_from_another_folder(tmp_path: Path, monkeyp
 def test_a_run_anew_forgets_the_rounds_of_the_last(words: Path, tmp_path: Path):
     two = {"ant": "weather"}
     run(settings(words, tmp_path / "run", rounds=3, devices=two))
-    run(settings(words, tmp_path / "run", rounds=2, devices=two))
+    run(settings(words, tmp_path / "run", rounds=2, devices=two), force=True)
     assert [r.step for r in read_rounds(tmp_path / "run")] == [0, 1]

@@ -73,6 +73,14 @@ def test_damaged_later_ones_do_not_push_out_valid_ones(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000-0000002", "000-0000003"]
 
 
+def test_the_thousandth_stage_comes_after_the_one_before(tmp_path):
+    """Federations have many rounds; as names 1000 would come before 999."""
+    for stage in (998, 999, 1000, 1001):
+        save(tmp_path, made(0, stage=stage))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1000-0000000", "1001-0000000"]
+    assert load_latest(tmp_path, "r").stage == 1001
+
+
 def test_another_run_is_refused_even_behind_a_damaged_one(tmp_path):
     save(tmp_path, made(1))
     save(tmp_path, made(2))

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import signature
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from contextlora.errors import PeerError, did_you_mean
 from contextlora.federated.means import mean, over
+from contextlora.federated.once import Sharing, alone
 from contextlora.federated.robust import clipped, trimmed_mean
 from contextlora.federated.slices import Layer, Slice
 
@@ -80,6 +83,7 @@ def ours(
     by_samples: bool = False,
     liars: int = 0,
     clip: float | None = None,
+    once: Sharing = alone,
 ) -> Held:
     """Count-normalised means within a task; different tasks stay beside one another behind the gate.
 
@@ -94,29 +98,48 @@ def ours(
             liars is not taken over in the device's own task: there it keeps its own values. Another task of at most
             2 x liars senders is taken on trust; what is false in it can mislead inputs of that task alone.
         clip: how many times the median update of its task a sender may move from what was held; see `robust.clipped`.
+        once: shares what devices of one process that got the same of another task, and held the same, have then.
     """
     slices = dict(held.slices)
     for task, group in _by(_round(own, arrived), lambda u: u.slice.task).items():
         before, sent = slices.get(("", task)), [u.slice for u in group]
-        if clip is not None:
-            sent = clipped(sent, before, clip)
-        if not liars or (len(sent) <= 2 * liars and task != own.slice.task):
-            new = mean(sent, [u.samples if by_samples else 1 for u in group])
-        else:
-            new = trimmed_mean(sent, liars)
-            new = over(own.slice, new) if task == own.slice.task else new
-        slices["", task] = over(before, new)
+        weights = tuple(u.samples if by_samples else 1 for u in group)
+        mine = own.slice if task == own.slice.task else None
+        make = partial(_of_task, before, sent, weights, mine, liars, clip)
+        *_, slices["", task] = once(("task", id(before), *map(id, sent), weights, id(mine)), make)
     return Held(_sorted(slices), "gate")
 
 
-def hard_routing(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False) -> Held:
+def _of_task(
+    before: Slice | None,
+    sent: Sequence[Slice],
+    weights: Sequence[float],
+    mine: Slice | None,
+    liars: int,
+    clip: float | None,
+) -> tuple[Slice | None, Sequence[Slice], Slice]:
+    """What `ours` holds of a task then; before it what went in, so that whoever keeps this keeps that, and its ids."""
+    honest = sent if clip is None else clipped(sent, before, clip)
+    if not liars or (len(sent) <= 2 * liars and mine is None):
+        new = mean(honest, weights)
+    else:
+        new = trimmed_mean(honest, liars)
+        new = new if mine is None else over(mine, new)
+    return before, sent, over(before, new)
+
+
+def hard_routing(
+    own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False, once: Sharing = alone
+) -> Held:
     """The oracle: the adapters of `ours`, each input sent to that of its true task."""
-    return replace(ours(own, arrived, held, by_samples=by_samples), choice="oracle")
+    return replace(ours(own, arrived, held, by_samples=by_samples, once=once), choice="oracle")
 
 
-def lori_cat(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False) -> Held:
+def lori_cat(
+    own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False, once: Sharing = alone
+) -> Held:
     """LoRI's merging by concatenation: the adapters of `ours`, all of them always on, y = W x + sum_i B_i A_i x."""
-    return replace(ours(own, arrived, held, by_samples=by_samples), choice="sum")
+    return replace(ours(own, arrived, held, by_samples=by_samples, once=once), choice="sum")
 
 
 def local(own: Update, arrived: Sequence[Update], held: Held) -> Held:
@@ -180,11 +203,13 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
-def strategy(name: str) -> Strategy:
-    """The strategy of that name. Raises PeerError E610."""
+def strategy(name: str, options: Mapping[str, Any] | None = None, once: Sharing = alone) -> Strategy:
+    """The strategy of that name, with these of its keywords; sharing if it can. Raises PeerError E610."""
     if name not in STRATEGIES:
         raise PeerError("E610", f"no aggregation '{name}'.{did_you_mean(name, STRATEGIES)}")
-    return STRATEGIES[name]
+    found = STRATEGIES[name]
+    more = {**(options or {}), **({"once": once} if "once" in signature(found).parameters else {})}
+    return partial(found, **more) if more else found
 
 
 def _weighted(arrays: Sequence[NDArray[np.float32]], weights: Sequence[float], layer: Layer) -> NDArray[np.float32]:

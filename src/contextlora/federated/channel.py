@@ -70,6 +70,9 @@ class Channel(Protocol):
         Raises PeerError E641 for an unknown device.
         """
 
+    def expected_rate(self, round_: int, a: str, b: str) -> float:
+        """Bit/s from a to b, with all of the band and p_max, that planning may count on. Raises as above."""
+
 
 # --- closed forms; every argument may be an array ------------------------------------------------------------------
 
@@ -162,6 +165,11 @@ class RadioChannel:
         """Bit/s from a to b in this round, with all of the band and p_max; what a trace of this channel would say."""
         (i,), (j,) = self._indices([a]), self._indices([b])
         return float(self._full_rates(self.path_gains(round_)[i, j] * self.fading(round_, a, b)))
+
+    def expected_rate(self, round_: int, a: str, b: str) -> float:
+        """See `Channel`: what `radio.outage` leaves."""
+        (i,), (j,) = self._indices([a]), self._indices([b])
+        return float(self._full_rates(self.path_gains(round_)[i, j] * self.radio.faded))
 
     def demands(self, round_: int, group: Sequence[str], bits: Sequence[int]) -> tuple[Floats, Floats]:
         """See `Channel`. Fading is not known yet: it is taken to be what `radio.outage` leaves."""

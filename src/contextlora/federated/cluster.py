@@ -30,11 +30,15 @@ class Member:
         id: the device's name.
         sparsity: s_l of each layer, 0 to 1: the share of B's positions that it trains and sends.
         bits: length of its encoded message.
+        mask: its packed mask, as `MeasuredCollisions` takes it, where all devices know it; else empty.
+        rates: bit/s to others, as it has measured them and told all.
     """
 
     id: str
     sparsity: tuple[float, ...]
     bits: int
+    mask: bytes = b""
+    rates: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sparsity or not all(isinstance(s, int | float) and 0 <= s <= 1 for s in self.sparsity):

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from contextlora.errors import ConfigError, PeerError, did_you_mean
+from contextlora.federated.deliver import deliver
 from contextlora.federated.fabric import Fabric
-from contextlora.federated.federation import Federation
+from contextlora.federated.federation import Federation, save_federation
 from contextlora.federated.identity import Identity
 from contextlora.federated.identity import Peer as Known
-from contextlora.federated.keep import load_peer, save_peer
-from contextlora.federated.layer import export, load_slice
+from contextlora.federated.keep import KEPT, load_peer, refuse_a_second_run, save_peer, throw_away
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Bundles, Exchange, Rounds, Slot, place, rounds
-from contextlora.federated.simulate import channel_of, graph_of_devices, open_reader, shares
-from contextlora.training import checkpoint
+from contextlora.federated.setup import channel_of, graph_of_devices, open_reader, shares
 from contextlora.training.prefix import FrozenPrefix
 from contextlora.training.track import Tracker
 
@@ -26,7 +27,16 @@ LOOK = 0.2  # seconds between two looks at who is still there
 GRACE = 5.0  # seconds that one who cannot be reached is waited for: on a busy machine links break for a moment
 
 
-def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, silent: bool = False) -> Peer:
+def run_device(
+    peer: Peer,
+    fabric: Fabric,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    silent: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Peer:
     """All rounds of a device; it keeps where it stands after each, and exports its task's adapter at the end.
 
     Args:
@@ -34,35 +44,59 @@ def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, s
         fabric: of the device of the same name.
         out: where it keeps itself and its metrics.
         resume: go on from what was kept; in the others' round, if they have gone on.
+        force: throw away what an earlier run has left in `out`.
         silent: no progress bar.
+        say: told of what a user should know.
 
     Raises:
-        RunError: E520 what was kept is of another federation. PeerError: E659 if no other device comes.
+        RunError: E520 what was kept is of another federation, E521 or E522 an earlier run that neither `resume` nor
+            `force` tells what to do with. PeerError: E659 if no other device comes.
     """
+    refuse_a_second_run(out, again=resume or force)
     if not resume:
-        checkpoint.clear(out / "kept")
-    if not load_peer(peer, out / "kept"):
+        throw_away(out)
+    if not load_peer(peer, out / KEPT):
         peer.calibrate()
-    mail = Mail(fabric, peer.settings.wait)
+    mail, told = Mail(fabric, peer.settings.wait), Counter[str]()
     mail.wait_for(peer.others)
     going = rounds(peer)
     with Tracker(out, quiet=silent) as watch:
         watch.stage(f"rounds of {peer.name}", peer.settings.rounds, peer.round)
         before, exchange = peer.round, _onward(going, None)
+        save_peer(peer, out / KEPT, begins=True)
+        save_federation(peer.settings, out / "federation.yaml")
         while exchange is not None:
-            exchange = _onward(going, mail.exchange(exchange))
+            arrived = mail.exchange(exchange)
+            peer.rates = dict(fabric.goodput())
+            exchange = _onward(going, arrived)
             if peer.round > before:
-                save_peer(peer, out / "kept")
-                loss = sum(peer.losses) / len(peer.losses)
-                refused = dict(peer.refused + fabric.refused + mail.refused)
-                clusters = [list(group) for group in peer.clustering.groups]
-                numbers = {"loss": loss, "clusters": clusters, "refused": refused, "goodput": dict(fabric.goodput())}
+                save_peer(peer, out / KEPT)
+                refused = peer.post.refused + fabric.refused + mail.refused
+                numbers = standing(peer, fabric, mail.spent) | {"refused": dict(refused - told)}
                 watch.log(peer.round - 1, numbers)
-                watch.advance(peer.round, f"loss {loss:.3f}, {sum(map(len, clusters))} devices")
-                before = peer.round
-    load_slice(peer.reader.model, peer.local.block)
-    export(peer.reader.model, peer.task, out / "adapter", peer.settings.model)
+                clusters = numbers["clusters"]
+                watch.advance(peer.round, f"loss {numbers['loss']:.3f}, {sum(map(len, clusters))} devices")
+                before, mail.spent, told = peer.round, Spent(), refused
+    deliver(peer, out / "adapter", out / "packed.safetensors", say)
     return peer
+
+
+def standing(peer: Peer, fabric: Fabric, spent: Spent) -> dict[str, Any]:
+    """A round in numbers, for a line of metrics.jsonl: what this device can know of it."""
+    loss = sum(peer.losses) / len(peer.losses)
+    return {
+        "device": peer.name,
+        "loss": loss,
+        "losses": {peer.name: loss},
+        "clusters": [list(group) for group in peer.clustering.groups],
+        "collisions": list(peer.clustering.collisions),
+        "bytes": dict(spent.sent),
+        "received": dict(spent.received),
+        "seconds": spent.seconds,
+        "awaited": spent.awaited,
+        "arrived": spent.arrived,
+        "goodput": dict(fabric.goodput()),
+    }
 
 
 def _onward(going: Rounds, arrived: Bundles | None) -> Exchange | None:
@@ -73,12 +107,33 @@ def _onward(going: Rounds, arrived: Bundles | None) -> Exchange | None:
         return None
 
 
+@dataclass
+class Spent:
+    """What a round has cost a real device, as far as it can measure that.
+
+    Attributes:
+        sent, received: bytes of frames, by the slot in which they went; what is repeated counts each time.
+        seconds: of all slots but the rows', from the first byte to the end of waiting for others.
+        awaited, arrived: bundles that it waited for, and that had come when the slot was over; rows do not count.
+    """
+
+    sent: Counter[Slot] = field(default_factory=Counter)
+    received: Counter[Slot] = field(default_factory=Counter)
+    seconds: float = 0.0
+    awaited: int = 0
+    arrived: int = 0
+
+
 class Mail:
     """What has come over a fabric, put in its place: a peer that is ahead sends for slots that are not here yet.
 
     Args:
         fabric: of this device.
         wait: seconds that a slot lasts at most. It ends as soon as everyone who is there and expected has sent.
+
+    Attributes:
+        spent: on the round so far; whoever tells it begins anew.
+        refused: what is no bundle, by error code.
     """
 
     def __init__(self, fabric: Fabric, wait: float):
@@ -86,6 +141,8 @@ class Mail:
         self._here: dict[tuple[str, Slot], tuple[int, bytes]] = {}
         self._seen: dict[str, float] = {}
         self.refused: Counter[str] = Counter()
+        self.spent = Spent()
+        self._before = 0, 0
 
     def wait_for(self, others: tuple[str, ...]) -> None:
         """Until all others are there, at most `wait` seconds. Raises PeerError E659 if not one of them is."""
@@ -97,17 +154,31 @@ class Mail:
 
     def exchange(self, what: Exchange) -> dict[str, bytes]:
         """Sends what a slot sends; gives what has come for it, by sender, when it is over."""
-        deadline = self.fabric.now() + self.wait
+        begun = self.fabric.now()
+        deadline = begun + self.wait
         for to, data in what.sends:
             self.fabric.send(to, data, deadline)
         while True:
             missing = {n for n in what.expects if not self._has(n, what)}
             if not missing & self._there() or self.fabric.now() >= deadline:
+                self._count(what, begun, missing)
                 return self._taken(what)
             for sender, data in self.fabric.receive(min(deadline, self.fabric.now() + LOOK)):
                 self._keep(sender, data)
                 if not {n for n in missing if not self._has(n, what)}:
                     break
+
+    def _count(self, what: Exchange, begun: float, missing: set[str]) -> None:
+        """Puts all that went since the last slot was over to this one's account."""
+        traffic = self.fabric.traffic.values()
+        now = sum(t.sent for t in traffic), sum(t.received for t in traffic)
+        self.spent.sent[what.slot] += now[0] - self._before[0]
+        self.spent.received[what.slot] += now[1] - self._before[1]
+        self._before = now
+        if what.slot != "rows":
+            self.spent.seconds += self.fabric.now() - begun
+            self.spent.awaited += len(what.expects)
+            self.spent.arrived += len(what.expects - missing)
 
     def _there(self) -> set[str]:
         """Who can be reached, or could until a moment ago."""
@@ -139,12 +210,15 @@ class Mail:
         return found
 
 
-def open_device(settings: Federation, identity: Identity, peers: Mapping[str, Known]) -> Peer:
+def open_device(
+    settings: Federation, identity: Identity, peers: Mapping[str, Known], say: Callable[[str], None] = lambda _: None
+) -> Peer:
     """A device before its first round, with a base model of its own.
 
     Args:
         identity: whose name is one of the federation's devices.
         peers: the list of peers, by name.
+        say: told of what a user should know.
 
     Raises:
         ConfigError: E103 for a device that the federation or the list of peers lacks. Otherwise as for a simulation.
@@ -159,5 +233,5 @@ def open_device(settings: Federation, identity: Identity, peers: Mapping[str, Kn
     prefix = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     known = {peers[n].key: n for n in settings.devices}
     mine = shares(settings, identity.name)[identity.name]
-    planner = Planner(channel_of(settings), settings.limits)
+    planner = Planner(channel_of(settings), settings.limits, settings.radio.cast, say)
     return Peer(identity.name, settings, reader, mine, identity.key, known, planner, prefix)

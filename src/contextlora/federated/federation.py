@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from contextlora.config import TrainConfig, override
 from contextlora.errors import did_you_mean
+from contextlora.federated.aggregate import STRATEGIES
 from contextlora.federated.settings import Limits, Radio
 from contextlora.gear.units import Seconds
 from contextlora.strict import Strict, read_yaml, validate
@@ -57,6 +60,25 @@ class GateConfig(Strict):
     ranks: Annotated[int, Field(ge=1)] | None = None
 
 
+class MeanConfig(Strict):
+    """How slices of one task are averaged; see `aggregate.ours`.
+
+    Attributes:
+        by_samples: weigh each device by its samples; None is what the aggregation does by itself.
+        liars: so many devices of one task may send anything.
+        clip: how many times the median update of its task a device may move what was held.
+    """
+
+    by_samples: bool | None = None
+    liars: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that were asked for, as a strategy takes them."""
+        return {k: v for k, v in self.model_dump().items() if v != type(self).model_fields[k].default}
+
+
 class Fault(Strict):
     """Something that goes wrong in a simulation.
 
@@ -93,6 +115,8 @@ class Federation(Strict):
         exchange_every: rounds from one exchange between clusters to the next.
         train: hyperparameters; epochs do not count here, updates do.
         aggregate: "ours", or a rival: "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local".
+        mean: how slices of one task are averaged.
+        pack: at the end, store the adapters of a device's cluster as one dense B, if they collide no more than S_max.
         trace: a CSV of measured rates in the place of the radio model.
         wait: how long a real device waits for others in one slot; the deadline of `limits` is what planning counts.
         devices: by name.
@@ -114,6 +138,8 @@ class Federation(Strict):
     wire: WireConfig = WireConfig()
     gate: GateConfig = GateConfig()
     aggregate: Literal["ours", "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local"] = "ours"
+    mean: MeanConfig = MeanConfig()
+    pack: bool = False
     radio: Radio = Radio()
     limits: Limits = Limits()
     trace: str | None = None
@@ -135,6 +161,27 @@ class Federation(Strict):
             for who in fault.who:
                 if who not in self.devices:
                     raise ValueError(f"faults: no device '{who}'.{did_you_mean(who, self.devices)}")
+        return self
+
+    @model_validator(mode="after")
+    def _means_are_taken(self) -> Federation:
+        for option in self.mean.options.keys() - signature(STRATEGIES[self.aggregate]).parameters.keys():
+            able = [n for n, f in STRATEGIES.items() if option in signature(f).parameters]
+            raise ValueError(f"mean.{option}: '{self.aggregate}' does not take it; {', '.join(able)} would")
+        if self.mean.liars and self.mean.by_samples:
+            raise ValueError("mean.by_samples: counts of samples are a sender's own word; leave it or `liars` out")
+        most = max(Counter(d.task for d in self.devices.values()).values())
+        if most <= 2 * self.mean.liars:
+            text = f"{self.mean.liars} of a task cannot be outvoted by fewer than {2 * self.mean.liars + 1} devices"
+            raise ValueError(f"mean.liars: {text}, but no task has more than {most}")
+        if self.pack and self.aggregate in ("paper_mean", "single_cluster"):
+            raise ValueError(f"pack: '{self.aggregate}' holds one B for all tasks of a cluster already")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_are_measured_at_full_power(self) -> Federation:
+        if self.radio.measured and self.trace is None and self.radio.control != "full":
+            raise ValueError("radio.measured: rates are measured at full power; set radio.control to 'full' with it")
         return self
 
     @property

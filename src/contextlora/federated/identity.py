@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +216,26 @@ def read_peer(certificate: str | Path, endpoint: str | None = None) -> Peer:
     if endpoint is not None:
         check_endpoint(endpoint, file)
     return Peer(check_name(c.common_name(found, file), file), c.message_key(found, file), endpoint)
+
+
+def enroll_here(folder: str | Path, names: Iterable[str]) -> Path:
+    """Several devices of one machine, to try things out: FOLDER/authority, FOLDER/NAME and FOLDER/peers.yaml.
+
+    Each listens on a free port of the loopback interface. An authority that is there already is used. Gives the list
+    of peers. Raises PeerError as the steps do that real devices take by themselves.
+    """
+    folder, listening, found = Path(folder), list[socket.socket](), list[Peer]()
+    if not (folder / "authority").exists():
+        create_authority(folder / "authority")
+    for name in names:
+        issued = sign_request(folder / "authority", create_identity(folder / name, name))
+        _write(folder / name / "certificate.pem", issued.read_bytes(), 0o644)
+        listening.append(socket.create_server(("127.0.0.1", 0)))  # all held until the end: no port comes twice
+        found.append(read_peer(issued, f"127.0.0.1:{listening[-1].getsockname()[1]}"))
+    for one in listening:
+        one.close()
+    save_peers(folder / "peers.yaml", found)
+    return folder / "peers.yaml"
 
 
 def check_name(name: str, where: object = "") -> str:

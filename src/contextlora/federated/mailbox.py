@@ -21,6 +21,7 @@ import numpy as np
 from contextlora.errors import PeerError
 from contextlora.federated.bitmaps import Bits, decode_mask, encode_mask, mask_hash
 from contextlora.federated.codec import Codec, Floats, check, decode, encode
+from contextlora.federated.once import Sharing, alone
 from contextlora.federated.wire import Header, Kind, Limits, authenticate, read_header, read_payload, run_hash, seal
 
 if TYPE_CHECKING:
@@ -39,7 +40,13 @@ class Outbox:
         full: codec of whole values.
         delta: codec of differences; None: always whole values.
 
-    After a restart an outbox sends whole values first; the caller's version must go on from where it was.
+    After a restart an outbox sends whole values first, unless base, sent and mask are put back; the caller's version
+    must go on from where it was.
+
+    Attributes:
+        mask, counts: hash of the mask announced last, and its active entries in each layer.
+        base: version and values that the next difference is against; None: the next message is whole.
+        sent: version and values of the last message, as receivers hold them.
     """
 
     def __init__(
@@ -52,9 +59,9 @@ class Outbox:
         delta: Codec | None = Codec.INT4,
     ):
         self.key, self.run, self.task, self.full, self.delta = key, run_hash(run), task, full, delta
-        self._mask, self._counts = bytes(32), [0]
-        self._base: tuple[int, Floats] | None = None
-        self._sent: tuple[int, Floats] | None = None
+        self.mask, self.counts = bytes(32), [0]
+        self.base: tuple[int, Floats] | None = None
+        self.sent: tuple[int, Floats] | None = None
 
     def announce(self, mask: Bits, sizes: Sequence[int], *, version: int, round: int) -> bytes:
         """The message that makes a mask known; values sent from now on are those of its active entries.
@@ -64,9 +71,9 @@ class Outbox:
             sizes: entries of B in each layer.
             version: greater than that of any mask announced before.
         """
-        self._mask, self._counts = mask_hash(mask), active(mask, sizes)
+        self.mask, self.counts = mask_hash(mask), active(mask, sizes)
         self.forget()
-        head = Header(Kind.MASK, self.run, self.task, version, round, count=sum(self._counts), mask=self._mask)
+        head = Header(Kind.MASK, self.run, self.task, version, round, count=sum(self.counts), mask=self.mask)
         return seal(head, encode_mask(mask), self.key)
 
     def send(self, values: Floats, *, version: int, round: int) -> bytes:
@@ -76,19 +83,19 @@ class Outbox:
             values: (active entries,) float32, finite.
             version: greater than that of any values sent before.
         """
-        check(values, self._counts)
-        if self._base is not None and self.delta is not None:
-            kind, codec, (base, held) = Kind.DELTA, self.delta, self._base
+        check(values, self.counts)
+        if self.base is not None and self.delta is not None:
+            kind, codec, (base, held) = Kind.DELTA, self.delta, self.base
             with np.errstate(over="ignore"):  # encode refuses what is not finite
-                payload = encode(values - held, self._counts, codec)
-            held = held + decode(payload, self._counts, codec)
+                payload = encode(values - held, self.counts, codec)
+            held = held + decode(payload, self.counts, codec)
         else:
             kind, codec, base = Kind.VALUES, self.full, 0
-            payload = encode(values, self._counts, codec)
-            held = decode(payload, self._counts, codec)
-        what = (base, codec, held.size, self._mask, _state(held))
+            payload = encode(values, self.counts, codec)
+            held = decode(payload, self.counts, codec)
+        what = (base, codec, held.size, self.mask, _state(held))
         message = seal(Header(kind, self.run, self.task, version, round, *what), payload, self.key)
-        self._sent = version, held
+        self.sent = version, held
         return message
 
     def acknowledged(self, version: int) -> None:
@@ -96,12 +103,12 @@ class Outbox:
 
         An answer that is late changes nothing: receivers keep the base that messages name, and the last version.
         """
-        if self._sent is not None and self._sent[0] == version:
-            self._base, self._sent = self._sent, None
+        if self.sent is not None and self.sent[0] == version:
+            self.base, self.sent = self.sent, None
 
     def forget(self) -> None:
         """Someone holds no version that a difference could be against: the next message is whole."""
-        self._base, self._sent = None, None
+        self.base, self.sent = None, None
 
 
 def send_row(key: Ed25519PrivateKey, run: str, task: str, row: Row, *, version: int, round: int) -> bytes:
@@ -134,8 +141,10 @@ class Message:
 
 
 @dataclass
-class _Slice:
-    """What a receiver holds of one sender's task: the mask, the last version, and the one that its base was."""
+class Holding:
+    """What a receiver holds of one sender's task: the mask's hash, its active entries in each layer, and values by
+    version: the last one's, and its base's. Nobody changes them: all receivers in a process may hold the same array.
+    """
 
     mask: bytes
     counts: list[int]
@@ -153,11 +162,13 @@ class Inbox:
         sizes: for each task, entries of B in each layer.
         limits: of any message.
         seen: what `seen` was before a restart, so that what was let in then is still a replay.
+        once: shares what receivers of one process make of a message alike.
 
     Attributes:
         refused: how many, by error code.
         accepted: how many were let in.
         seen: (sender's name, task, "mask" | "values" | "row") -> last version and round.
+        slices: (sender's name, task) -> what is held.
     """
 
     def __init__(
@@ -167,12 +178,14 @@ class Inbox:
         sizes: Mapping[str, Sequence[int]],
         limits: Limits | None = None,
         seen: Mapping[tuple[str, str, str], tuple[int, int]] | None = None,
+        once: Sharing = alone,
     ):
         self.run, self.peers, self.sizes, self.limits = run_hash(run), peers, sizes, limits or Limits()
+        self._once = once
         self.refused: Counter[str] = Counter()
         self.accepted = 0
         self.seen = dict(seen or {})
-        self._slices: dict[tuple[str, str], _Slice] = {}
+        self.slices: dict[tuple[str, str], Holding] = {}
 
     def open(self, data: bytes) -> Message:
         """Lets one message in.
@@ -189,7 +202,7 @@ class Inbox:
         return message
 
     def _open(self, data: bytes) -> Message:
-        header = read_header(data, self.limits)
+        header = self._once(("header", data), lambda: read_header(data, self.limits))
         if header.run != self.run:
             raise PeerError("E624", "a message of another run")
         name = self.peers.get(header.sender)
@@ -197,8 +210,7 @@ class Inbox:
             raise PeerError("E625", f"an unknown sender, key {header.sender.hex()[:16]}")
         if header.task not in self.sizes:
             raise PeerError("E625", f"no such task here: '{header.task}'", where=name)
-        authenticate(data, header)
-        payload = read_payload(data, header)
+        payload = self._once(("signed", data), lambda: _signed(data, header))
         place = name, header.task, {Kind.MASK: "mask", Kind.ROW: "row"}.get(header.kind, "values")
         version, round_ = self.seen.get(place, (0, 0))
         if header.version <= version or header.round < round_:
@@ -210,38 +222,58 @@ class Inbox:
 
     def _decode(self, name: str, header: Header, payload: memoryview) -> Bits | Floats | Row:
         if header.kind is Kind.ROW:
-            return _read_row(payload, self.limits)
+            return self._once(("row", header), lambda: _read_row(payload, self.limits))
         if header.kind is Kind.MASK:
             return self._take_mask(name, header, payload)
         return self._take_values(name, header, payload)
 
     def _take_mask(self, name: str, header: Header, payload: memoryview) -> Bits:
         sizes = self.sizes[header.task]
-        mask = decode_mask(payload, sum(sizes))
-        counts = active(mask, sizes)
-        if sum(counts) != header.count or mask_hash(mask) != header.mask:
+        mask, counts, hashed = self._once(("mask", header), lambda: _read_mask(payload, sizes))
+        if sum(counts) != header.count or hashed != header.mask:
             raise PeerError("E632", "the mask is not the one that its header names", where=name)
-        held = self._slices.get((name, header.task))
+        held = self.slices.get((name, header.task))
         if held is None or held.mask != header.mask:  # the same mask again, for one who asked, must not lose the values
-            self._slices[name, header.task] = _Slice(header.mask, counts)
+            self.slices[name, header.task] = Holding(header.mask, counts)
         return mask
 
     def _take_values(self, name: str, header: Header, payload: memoryview) -> Floats:
-        held = self._slices.get((name, header.task))
+        held = self.slices.get((name, header.task))
         if held is None or held.mask != header.mask or header.count != sum(held.counts):
             raise PeerError("E629", f"values of '{header.task}' whose mask is not here; ask for it", where=name)
         if header.base and header.base not in held.versions:
             raise PeerError("E630", f"a difference to version {header.base}, not held here; ask for all", where=name)
-        values = decode(payload, held.counts, Codec(header.codec))
-        keep = {}
-        if header.base:
-            keep = {header.base: held.versions[header.base]}  # until a later base says that our answer has arrived
-            with np.errstate(over="ignore"):
-                values = keep[header.base] + values
-        if _state(values) != header.state or not np.isfinite(values).all():
+        base = held.versions.get(header.base)
+        # with its base, that no other array comes to have that one's id
+        _, values, state = self._once(
+            ("values", header, id(base)), lambda: (base, *_read_values(payload, header, held.counts, base))
+        )
+        if state != header.state or not np.isfinite(values).all():
             raise PeerError("E632", "the values are not those that the sender expects here; ask for all", where=name)
+        keep = {} if base is None else {header.base: base}  # until a later base says that our answer has arrived
         held.versions = {**keep, header.version: values}
-        return values.copy()
+        return values
+
+
+def _signed(data: bytes, header: Header) -> memoryview:
+    authenticate(data, header)
+    return read_payload(data, header)
+
+
+def _read_mask(payload: memoryview, sizes: Sequence[int]) -> tuple[Bits, list[int], bytes]:
+    """A mask, its active entries in each layer, and its hash."""
+    mask = decode_mask(payload, sum(sizes))
+    return mask, active(mask, sizes), mask_hash(mask)
+
+
+def _read_values(payload: memoryview, header: Header, counts: list[int], base: Floats | None) -> tuple[Floats, bytes]:
+    """Values as they now are, read-only, and the hash of that."""
+    values = decode(payload, counts, Codec(header.codec))
+    if base is not None:
+        with np.errstate(over="ignore"):
+            values = base + values
+    values.flags.writeable = False
+    return values, _state(values)
 
 
 def active(mask: Bits, sizes: Sequence[int]) -> list[int]:

@@ -15,10 +15,12 @@ from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.evaluate import answer, same_length
 from contextlora.evaluation.metrics import Accuracy, score
+from contextlora.federated.federation import Federation
 from contextlora.federated.layer import sparse_layers
 from contextlora.federated.peer import Peer
 from contextlora.federated.routing import pooled_prompts, routed
 from contextlora.federated.taskgate import TaskGate, confusion
+from contextlora.graph import TaskGraph
 from contextlora.lora.attach import detached
 
 Choice = Literal["gate", "oracle", "sum", "base"]
@@ -47,6 +49,22 @@ class Measured:
         return {"choice": self.choice, "accuracy": scores, "tasks": self.tasks, "routes": self.routes.tolist()}
 
 
+def questions(settings: Federation, graph: TaskGraph, split: str) -> dict[str, list[Example]]:
+    """The examples of a split by task, of the tasks that devices have; known before the first round.
+
+    Raises:
+        DataError: E230 for a split that the federation's data lacks, or without a record of any of these tasks; E201
+            to E208 for data that cannot be read or does not fit the graph.
+    """
+    examples = load_examples(settings.data, graph, split=split)
+    tasks = {d.task for d in settings.devices.values()}
+    found = {t: [e for e in examples if t in e.answers] for t in graph.names if t in tasks}
+    if not any(found.values()):
+        text = f"split '{split}' has no record of {', '.join(found)}"
+        raise DataError("E230", text, where=settings.data)
+    return found
+
+
 def measure(peer: Peer, split: str, choice: Choice | None = None, limit: int | None = None) -> Measured:
     """Asks a device about a split of the federation's data.
 
@@ -57,17 +75,15 @@ def measure(peer: Peer, split: str, choice: Choice | None = None, limit: int | N
         limit: examples of each task, the first ones.
 
     Raises:
-        DataError: E230 when the split has no example of its tasks.
+        DataError: as `questions` does.
     """
-    graph, choice = peer.reader.encoder.graph, choice or peer.held.choice
-    examples = load_examples(peer.settings.data, graph, split=split)
-    asked = {t: [e for e in examples if t in e.answers][:limit] for t in peer.gate_means()}
-    if not any(asked.values()):
-        raise DataError("E230", f"no record of split '{split}'", where=peer.settings.data)
+    choice = choice or peer.held.choice
+    found = questions(peer.settings, peer.reader.encoder.graph, split)
+    asked = {t: found.get(t, [])[:limit] for t in peer.gate_means()}
     routes = where_prompts_go(peer, asked)
     with _answering(peer, choice):
-        found = {t: answer(peer.reader, mine, t) for t, mine in asked.items() if mine}
-    right = {t: Accuracy.of([score(found[t][e.id], e.answers[t]) for e in asked[t]]) for t in found}
+        said = {t: answer(peer.reader, mine, t) for t, mine in asked.items() if mine}
+    right = {t: Accuracy.of([score(said[t][e.id], e.answers[t]) for e in asked[t]]) for t in said}
     return Measured(choice, right, tuple(asked), routes)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from contextlora.errors import PeerError
-from contextlora.federated.means import layers_of, mean
+from contextlora.errors import PeerError, RunError
+from contextlora.federated.means import layers_of, mean, shape_of
 from contextlora.federated.slices import Layer, Mask, Slice
 
 
@@ -56,6 +60,8 @@ def pack(slices: Sequence[Slice], s_max: float = 0.0) -> Packed:
             "E616", f"a task comes twice among {', '.join(s.task for s in slices)}; average its slices first"
         )
     layers = layers_of(slices)
+    for layer in layers:
+        shape_of(slices, layer)
     measured = {layer: collision([s.masks[layer] for s in slices if layer in s.masks]) for layer in layers}
     for layer, s in measured.items():
         if s > s_max:
@@ -73,3 +79,31 @@ def collision(masks: Sequence[Mask]) -> float:
         twice |= once & bits
         once |= bits
     return int(np.bitwise_count(twice).sum()) / masks[0].size
+
+
+def save_packed(packed: Packed, path: Path) -> None:
+    """Writes it as safetensors. Raises RunError E523."""
+    tensors: dict[str, NDArray[Any]] = {f"b|{layer}": v for layer, v in packed.b.items()}
+    tensors |= {f"mask|{task}|{la}": bits for task, of_task in packed.bitmaps.items() for la, bits in of_task.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, {"collision": repr(packed.collision)})
+    except (OSError, SafetensorError) as e:
+        raise RunError("E523", f"cannot be written: {e}", where=path) from None
+
+
+def load_packed(path: Path) -> Packed:
+    """Reads what `save_packed` wrote. Raises PeerError E601 for anything else."""
+    b: dict[Layer, NDArray[np.float32]] = {}
+    bitmaps: dict[str, dict[Layer, NDArray[np.uint8]]] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                kind, *what = name.split("|")
+                if kind == "b":
+                    b[what[0]] = file.get_tensor(name)
+                else:
+                    bitmaps.setdefault(what[0], {})[what[1]] = file.get_tensor(name)
+            return Packed(b, bitmaps, float(file.metadata()["collision"]))
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
+        raise PeerError("E601", "not packed slices", where=path) from None

@@ -5,9 +5,8 @@ No transport and no clock here: `protocol.rounds` calls these methods in order, 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,20 +15,21 @@ from contextlora.data.records import Example
 from contextlora.errors import PeerError
 from contextlora.federated.aggregate import Held, Update, strategy
 from contextlora.federated.calibration import calibrate
-from contextlora.federated.cluster import Clustering
-from contextlora.federated.codec import Codec
+from contextlora.federated.cluster import Clustering, Member
 from contextlora.federated.federation import Federation
 from contextlora.federated.layer import load_slice, sparse_layers
 from contextlora.federated.local import Local, first_batches, local_run
-from contextlora.federated.mailbox import Inbox, Message, Outbox, Row, send_row
+from contextlora.federated.mailbox import Row, send_row
+from contextlora.federated.once import Sharing, alone
 from contextlora.federated.planner import Gateways, Planner
-from contextlora.federated.protocol import Bundles, Slot, unbundle
+from contextlora.federated.post import Post
+from contextlora.federated.protocol import Bundles, Slot
 from contextlora.federated.routing import pooled_prompts
 from contextlora.federated.slices import Layer, Mask, Slice
 from contextlora.federated.sparsity import first_slice
 from contextlora.federated.table import Standing, mean_row, read_mean
 from contextlora.federated.taskgate import TaskMean
-from contextlora.federated.wire import OVERHEAD, Kind, read_header
+from contextlora.federated.wire import Kind
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.prefix import FrozenPrefix
 
@@ -37,17 +37,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 Sends = Sequence[tuple[tuple[str, ...], list[bytes]]]
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What a device has of another one: its mask, and the messages as they came, which it may pass on."""
-
-    task: str
-    masks: Mapping[Layer, Mask]
-    announced: bytes
-    version: int = 0
-    values: bytes = b""
 
 
 class Peer:
@@ -62,6 +51,7 @@ class Peer:
         known: names of all devices by public key.
         planner: finds clusters; over the same channel on every device.
         prefix: activations of frozen layers, kept from round to round.
+        once: shares what several devices of one process would make alike.
 
     Attributes:
         round: the next one, or the one it is in.
@@ -70,7 +60,9 @@ class Peer:
         means: what the prompts of each device look like, by device.
         clustering, gateways: of this round.
         losses: of its last local updates.
-        refused: messages that were not let in, by error code, and bundles that could not be read.
+        post: what it has said and heard.
+        said: the version of its last row.
+        rates: bit/s to others, as far as whoever carries its messages has measured them.
     """
 
     def __init__(
@@ -83,6 +75,7 @@ class Peer:
         known: Mapping[bytes, str],
         planner: Planner,
         prefix: FrozenPrefix | None = None,
+        once: Sharing = alone,
     ):
         self.name, self.settings, self.reader, self.examples = name, settings, reader, examples
         self.key, self.planner = key, planner
@@ -92,18 +85,14 @@ class Peer:
         self.others = tuple(n for n in sorted(settings.devices) if n != name)
         self.layers = {path: layer.out_features for path, layer in sparse_layers(reader.model).items()}
         graph = reader.encoder.graph
-        self.sizes = {t: [graph.rank_of(t) * width for width in self.layers.values()] for t in graph.names}
-        codecs = {"full": Codec[settings.wire.full.upper()]}
-        delta = Codec[settings.wire.delta.upper()] if settings.wire.delta else None
-        self.outbox = Outbox(key, settings.name, self.task, **codecs, delta=delta)
-        self.inbox = Inbox(settings.name, known, self.sizes)
+        shapes = {t: {path: (graph.rank_of(t), width) for path, width in self.layers.items()} for t in graph.names}
+        self.post = Post(name, settings, key, known, shapes, once)
+        self.once, self.sizes = once, self.post.sizes
         self.round, self.held, self.losses = 0, Held(), list[float]()
-        self.heard: dict[str, Heard] = {}
+        self.said, self.rates = 0, dict[str, float]()
         self.table: dict[str, Standing] = {}
         self.fresh: dict[str, Update] = {}
-        self.damaged: Counter[str] = Counter()
         self.means: dict[str, TaskMean] = {}
-        self.bits = 0
         self.local: Local
         self.clustering: Clustering
         self.gateways: Gateways = {}
@@ -126,7 +115,7 @@ class Peer:
     def start(self, local: Local) -> None:
         """Goes on from a slice."""
         self.local = local
-        self.bits = 8 * (OVERHEAD + local.own.active)  # until a message has been sent: a byte an entry
+        self.post.start(local.own)
 
     def train(self) -> None:
         """This round's local updates, with the prerequisites' slices frozen beside its own (eq. 6)."""
@@ -163,38 +152,54 @@ class Peer:
     def rows(self) -> list[bytes]:
         """Its rows of the table, as signed messages; what its prompts look like once in a while only."""
         active = tuple(len(self.local.learns[layer].indices) for layer in self.layers)
-        have = {name: heard.version for name, heard in self.heard.items()}
-        mine = Standing(self.task, active, self.bits, len(self.examples), have)
+        have = {name: heard.version for name, heard in self.post.heard.items()}
+        rates = {n: int(r) for n, r in self.rates.items()} if self.settings.radio.measured else {}
+        mine = Standing(self.task, active, self.post.bits, len(self.examples), have, rates)
         self.table = {self.name: mine}
         rows = [mine.row()]
         if self.round == 0 or self.exchanges:
             rows.append(mean_row(self.means[self.name]))
-        where, first = (self.key, self.settings.name, self.task), 2 * self.round + 1
+        first = max(self.said + 1, 2 * self.round + 1)  # also for one that has forgotten what it said: beyond all that
+        self.said = first + len(rows) - 1
+        where = self.key, self.settings.name, self.task
         return [send_row(*where, row, version=first + i, round=self.round) for i, row in enumerate(rows)]
 
     def meet(self, arrived: Bundles) -> None:
         """Takes the rows of those that are there; goes on to their round if it was away; finds the clusters."""
         latest = self.round
-        for _, message in self._opened(arrived):
+        for _, message in self.post.opened(arrived):
             task = message.header.task
             if message.header.kind is not Kind.ROW or self.settings.devices[message.name].task != task:
                 continue
             try:
                 self._note(message.name, task, message.content)  # type: ignore[arg-type]
             except PeerError as e:
-                self.damaged[e.code] += 1
+                self.post.damaged[e.code] += 1
                 continue
             latest = max(latest, message.header.round)
         self.round = min(latest, self.settings.rounds - 1)
-        members = frozenset(row.member(name, self.sizes[row.task]) for name, row in self.table.items())
-        self.clustering = self.planner.clusters(self.round, members)
-        self.gateways = self.planner.gateways(self.round, members) if self.exchanges else {}
+        members, sizes = self._members(), tuple(self.sizes[self.task])
+        self.clustering = self.planner.clusters(self.round, members, sizes)
+        self.gateways = self.planner.gateways(self.round, members, sizes) if self.exchanges else {}
+
+    def _members(self) -> frozenset[Member]:
+        """The table as planning takes it: with masks as soon as its rows say that everyone there has everyone's."""
+        names, rows = self.table.keys(), self.table.items()
+        alike = all(self.sizes[row.task] == self.sizes[self.task] for row in self.table.values())
+        known = alike and names - self.post.heard.keys() <= {self.name}
+        known = known and all(names - row.have.keys() <= {n} for n, row in rows)
+        mask = {n: self.post.packed(n, self.local.learns) for n in names} if known else dict.fromkeys(names, b"")
+        return frozenset(row.member(n, self.sizes[row.task], mask[n]) for n, row in rows)
 
     def _note(self, name: str, task: str, row: Row) -> None:
         if "mean" in row:
-            self.means[name] = read_mean(row, len(self.means[self.name].mean), name)
+            width = len(self.means[self.name].mean)
+            self.means[name] = self.once(("mean", id(row)), lambda: (row, read_mean(row, width, name)))[1]
         else:
-            self.table[name] = Standing.read(task, row, self.sizes[task], name)
+            read = self.once(("standing", id(row)), lambda: (row, Standing.read(task, row, self.sizes[task], name)))[1]
+            if unknown := read.rates.keys() - self.settings.devices.keys():
+                raise PeerError("E603", f"rates to '{min(unknown)}', which is no device here", where=name)
+            self.table[name] = read
 
     def gate_means(self) -> dict[str, TaskMean]:
         """What the prompts of each task look like, over all its devices that it has heard of."""
@@ -216,11 +221,14 @@ class Peer:
         group = self._group()
         mates = tuple(n for n in group if n != self.name)
         if slot == "slices":
-            mine = self._update(mates) if mates or self.exchanges else []
+            if not mates and not self.exchanges:
+                return []
+            have = [self.table[n].have.get(self.name) for n in mates]
+            mine = self.post.news(self.local.own, have, round_=self.round, whole=self.exchanges)
             return [(mates, mine)] if mates else []
         index = self.clustering.groups.index(group)
         if slot == "inward":
-            passed = [m for name in sorted(self.passed) for m in self.passed[name]]
+            passed = [m for name in sorted(self.post.passed) for m in self.post.passed[name]]
             return [(mates, passed)] if mates and passed else []
         pairs = self.gateways.items()
         return [((b,), self._all_of(group, j)) for (i, j), (a, b) in pairs if i == index and a == self.name]
@@ -235,81 +243,16 @@ class Peer:
             return frozenset(a for (_, j), (a, b) in pairs if j == index and b == self.name)
         return frozenset(b for (_, j), (_, b) in pairs if j == index) - {self.name}
 
-    def _update(self, mates: Sequence[str]) -> list[bytes]:
-        """Its own news: values, whole where someone lacks what a difference would be to; first the mask, if need be."""
-        have = [self.table[n].have.get(self.name) for n in mates]
-        last = self.heard.get(self.name)
-        version, messages = self.round + 1, list[bytes]()
-        own = self.local.own
-        if last is None or None in have:
-            mask = np.concatenate([_bits(own.masks[layer]) for layer in self.layers])
-            announced = self.outbox.announce(mask, self.sizes[self.task], version=version, round=self.round)
-            last = Heard(self.task, own.masks, announced)
-            messages.append(announced)
-        elif self.exchanges or any(v != last.version for v in have):
-            self.outbox.forget()
-        else:
-            self.outbox.acknowledged(last.version)
-        values = np.concatenate([own.values[layer] for layer in self.layers])
-        message = self.outbox.send(values, version=version, round=self.round)
-        self.heard[self.name] = replace(last, version=version, values=message)
-        self.bits = 8 * len(message)
-        return [*messages, message]
-
     def _all_of(self, group: Sequence[str], to: int) -> list[bytes]:
         """All that it has of its cluster, masks only where the other cluster lacks them."""
-        there, messages = self.clustering.groups[to], list[bytes]()
-        for name in group:
-            heard = self.heard.get(name)
-            if heard is None or not heard.values or (name != self.name and name not in self.fresh):
-                continue
-            if any(name not in self.table[n].have for n in there):
-                messages.append(heard.announced)
-            messages.append(heard.values)
-        return messages
+        there, known = self.clustering.groups[to], [n for n in group if n == self.name or n in self.fresh]
+        return self.post.all_of(known, {n for n in known if any(n not in self.table[m].have for m in there)})
 
     def take(self, arrived: Bundles) -> None:
         """Lets in what has come of others' slices."""
-        self.passed: dict[str, list[bytes]] = {}
-        for raw, message in self._opened(arrived):
-            kind, name, task = message.header.kind, message.name, message.header.task
-            if self.settings.devices[name].task != task or kind is Kind.ROW:
-                continue
-            self.passed.setdefault(name, []).append(raw)
-            if kind is Kind.MASK:
-                self.heard[name] = Heard(task, self._masks(message), raw)
-            else:
-                heard = self.heard[name] = replace(self.heard[name], version=message.header.version, values=raw)
-                self.fresh[name] = self._as_update(name, heard, message)
-
-    def _opened(self, arrived: Bundles) -> Iterator[tuple[bytes, Message]]:
-        """The messages that are let in, of all bundles; what is refused is counted."""
-        for via in sorted(arrived):
-            try:
-                messages = unbundle(arrived[via])
-            except PeerError as e:
-                self.damaged[e.code] += 1
-                continue
-            for raw in messages:
-                try:
-                    yield raw, self.inbox.open(raw)
-                except PeerError as e:
-                    if e.code in ("E629", "E630", "E632"):  # what it has of the sender is no use: its row asks for all
-                        sender = read_header(raw, self.inbox.limits).sender
-                        self.heard.pop(self.inbox.peers[sender], None)
-
-    def _masks(self, message: Message) -> dict[Layer, Mask]:
-        rank = self.reader.encoder.graph.rank_of(message.header.task)
-        parts = np.split(np.asarray(message.content), np.cumsum(self.sizes[message.header.task])[:-1])
-        shapes = [(rank, width) for width in self.layers.values()]
-        made = [Mask(shape, np.flatnonzero(bits)) for shape, bits in zip(shapes, parts, strict=True)]
-        return dict(zip(self.layers, made, strict=True))
-
-    def _as_update(self, name: str, heard: Heard, message: Message) -> Update:
-        ends = np.cumsum([len(m.indices) for m in heard.masks.values()])[:-1]
-        values = dict(zip(self.layers, np.split(np.asarray(message.content, np.float32), ends), strict=True))
-        samples = self.table[name].samples if name in self.table else 1
-        return Update(name, Slice(heard.task, heard.masks, values), samples, message.header.version, self._of(name))
+        for name, slice_, version in self.post.take(arrived):
+            samples = self.table[name].samples if name in self.table else 1
+            self.fresh[name] = Update(name, slice_, samples, version, self._of(name))
 
     def _of(self, name: str) -> str:
         return next((g[0] for g in self.clustering.groups if name in g), name)
@@ -319,23 +262,13 @@ class Peer:
     def aggregate(self) -> None:
         """Puts together what it holds, its own slice included; the next round begins."""
         own = Update(self.name, self.local.own, len(self.examples), self.round + 1, self.cluster)
-        self.held = strategy(self.settings.aggregate)(own, list(self.fresh.values()), self.held)
+        s = self.settings
+        self.held = strategy(s.aggregate, s.mean.options, self.once)(own, list(self.fresh.values()), self.held)
         block = self.adapter(self.task)
         assert block is not None
         self.local = replace(self.local, block=_with_room(block, self.local.learns))
         self.fresh = {}
         self.round += 1
-
-    @property
-    def refused(self) -> Counter[str]:
-        """Messages and bundles that were not let in, by error code."""
-        return self.inbox.refused + self.damaged
-
-
-def _bits(mask: Mask) -> Any:
-    bits = np.zeros(mask.size, bool)
-    bits[mask.indices] = True
-    return bits
 
 
 def _with_room(block: Slice, learns: Mapping[Layer, Mask]) -> Slice:

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextlora.data.collate import Encoder
-from contextlora.data.records import Example, load_examples
-from contextlora.errors import ConfigError, did_you_mean
 from contextlora.federated.channel import Channel, RadioChannel
+from contextlora.federated.deliver import deliver
 from contextlora.federated.fabric.local import Hub, Traffic
 from contextlora.federated.federation import Federation, save_federation
-from contextlora.federated.keep import load_peer, save_peer
-from contextlora.federated.layer import export, layers, load_slice
+from contextlora.federated.keep import (
+    KEPT,
+    Kept,
+    known_of,
+    load_all,
+    parts_of,
+    refuse_a_second_run,
+    restore,
+    restore_known,
+    run_of,
+    save_all,
+    tensors_of,
+    throw_away,
+)
 from contextlora.federated.live import live
+from contextlora.federated.once import Once
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Rounds, rounds
-from contextlora.federated.trace import MeasuredChannel
+from contextlora.federated.setup import channel_of, graph_of_devices, open_reader, shares
 from contextlora.federated.wire import public_key
-from contextlora.graph import TaskGraph
-from contextlora.lora.attach import attach
-from contextlora.models import load_model
 from contextlora.models.inputs import ImageFeatures
-from contextlora.training import checkpoint
 from contextlora.training.prefix import FrozenPrefix
-from contextlora.training.session import feature_folder
 from contextlora.training.track import Tracker
 
 if TYPE_CHECKING:
@@ -41,26 +46,33 @@ def simulate(
     settings: Federation,
     *,
     resume: bool = False,
+    force: bool = False,
     silent: bool = False,
     reader: ImageFeatures | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Peer]:
-    """Runs a federation's rounds; keeps every device and the metrics of each round in `settings.out`.
+    """Runs a federation's rounds; keeps its devices and the metrics of each round in `settings.out`.
 
     Args:
         settings: what all devices agree on, and the faults.
-        resume: go on after the last round that every device has kept.
+        resume: go on after the last round that was kept, to the very bytes of a run that was not interrupted.
+        force: throw away what an earlier run has left in `settings.out`.
         silent: no table of rounds on the terminal.
         reader: of a model with sparse layers of these tasks, instead of one that is opened here.
+        say: told of what a user should know.
 
     Returns:
         The devices as they stand at the end, by name.
 
     Raises:
-        ConfigError: E104 a task that the graph does not have. RunError: E520 kept devices of another federation.
+        ConfigError: E104 a task that the graph does not have. RunError: E520 kept devices of another federation, E521
+            or E522 an earlier run that neither `resume` nor `force` tells what to do with.
     """
-    reader = reader or open_reader(settings, graph_of_devices(settings))
-    channel, out = channel_of(settings), Path(settings.out)
-    planner = Planner(channel, settings.limits)
+    out, graph = Path(settings.out), graph_of_devices(settings)
+    refuse_a_second_run(out, again=resume or force)
+    kept = load_all(out / KEPT, run_of(settings)) if resume else Kept()
+    reader, channel, once = reader or open_reader(settings, graph), channel_of(settings), Once()
+    planner, hub = Planner(channel, settings.limits, settings.radio.cast, say), Hub(settings, channel)
     keys = {name: simulated_key(settings, name) for name in settings.devices}
     known = {public_key(key): name for name, key in keys.items()}
     prefix, data = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30)), shares(settings)
@@ -68,85 +80,42 @@ def simulate(
     told: dict[str, Counter[str]] = {}
 
     def start(name: str) -> Rounds:
-        """A device that begins, or that comes back with what it has kept."""
-        peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, planner, prefix)
-        told[name] = Counter()
-        if not load_peer(peer, _kept(out, name)):
+        """A device that begins, or that comes back: after a kill without what it knew of others."""
+        before = tensors_of(peers[name]) if name in peers else kept.devices.pop(name, None)
+        peer = Peer(name, settings, reader, data[name], keys[name], known, planner, prefix, once)
+        if before is None:
             peer.calibrate()
+        else:
+            restore(peer, before)
+            if hub.round == kept.round and name not in peers:  # nothing has befallen it but that all were stopped
+                restore_known(peer.post, before)
+        hub.rates[name].update(peer.rates)
+        peer.rates = hub.rates[name]
+        peers[name], told[name] = peer, Counter()
         return rounds(peer)
 
-    if not resume:
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        for name in settings.devices:
-            checkpoint.clear(_kept(out, name))
-    first = _first_round(settings, resume)
-    with Tracker(out, quiet=True) as watch, live(settings.rounds, done=first, quiet=silent) as show:
+    if not resume:  # only now is anything thrown away
+        throw_away(out)
+    hub.late.update(kept.late)
+    with Tracker(out, quiet=True) as watch, live(settings.rounds, done=kept.round, quiet=silent) as show:
+        save_federation(settings, out / "federation.yaml")
 
         def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
-            for name in sorted(there):
-                save_peer(peers[name], _kept(out, name))
-            if round_ == first:  # not before: a resumed run may turn out to be another one
-                save_federation(settings, out / "federation.yaml")
             numbers = standing(round_, peers, there, traffic, channel, told)
-            told.update({name: peers[name].refused for name in there})
-            watch.log(round_, numbers)
+            told.update({name: peers[name].post.refused for name in there})
+            watch.log(round_, numbers)  # first: a round that was kept has its line
+            devices: dict[str, Any] = {**kept.devices, **{n: parts_of(p) for n, p in peers.items()}}
+            devices |= {n: devices[n] | known_of(peers[n].post) for n in there}
+            save_all(out / KEPT, run_of(settings), Kept(round_ + 1, devices, hub.late))
+            once.forget()
             show(round_, numbers)
 
-        Hub(settings, channel).run(start, first, after)
-    for name in settings.devices.keys() - peers.keys():  # with nothing left to do
+        hub.run(start, kept.round, after)
+    for name in sorted(settings.devices.keys() - peers.keys()):  # with nothing left to do
         start(name)
     for name, peer in sorted(peers.items()):
-        load_slice(reader.model, peer.local.block)
-        export(reader.model, peer.task, out / "adapters" / name, settings.model)
+        deliver(peer, out / "adapters" / name, out / "packed" / f"{name}.safetensors", say)
     return peers
-
-
-def graph_of_devices(settings: Federation) -> TaskGraph:
-    """The tasks. Raises ConfigError E104 for a device with another one."""
-    graph = TaskGraph.load(settings.graph_path)
-    for name, device in settings.devices.items():
-        if device.task not in graph.names:
-            text = f"no task '{device.task}'.{did_you_mean(device.task, graph.names)}"
-            raise ConfigError("E104", text, where=f"devices.{name}")
-    return graph
-
-
-def open_reader(settings: Federation, graph: TaskGraph) -> ImageFeatures:
-    """The base model with sparse layers: the same on every device."""
-    model, processor = load_model(settings.model, dtype=settings.dtype)
-    where = {"layers": settings.train.layers, "targets": settings.train.targets}
-    attach(model, graph, make=layers(settings.seed), **where)  # type: ignore[arg-type]
-    encoder = Encoder(processor, graph)
-    return ImageFeatures(model, encoder, feature_folder(model) if encoder.sees_images else None)
-
-
-def channel_of(settings: Federation) -> Channel:
-    """The model of the air, or a trace in its place; the same numbers on every device."""
-    names = sorted(settings.devices)
-    if settings.trace:
-        return MeasuredChannel.load(settings.trace, names, settings.limits, settings.radio.cast)
-    return RadioChannel(names, settings.radio, settings.limits, (settings.name, settings.seed))
-
-
-def shares(settings: Federation, only: str | None = None) -> dict[str, list[Example]]:
-    """Each device's training data: its own folder's, or an equal share of what the common one has of its task.
-
-    `only` leaves out all other devices, whose folders need not be here.
-    """
-    graph = graph_of_devices(settings)
-    common: list[Example] | None = None
-    found: dict[str, list[Example]] = {}
-    for name, device in settings.devices.items():
-        if only not in (None, name):
-            continue
-        if device.data is not None:
-            mine = load_examples(device.data, graph, split="train")
-            found[name] = [e for e in mine if device.task in e.answers]
-            continue
-        common = load_examples(settings.data, graph, split="train") if common is None else common
-        among = [n for n, d in settings.devices.items() if d.task == device.task and d.data is None]
-        found[name] = [e for e in common if device.task in e.answers][among.index(name) :: len(among)]
-    return found
 
 
 def standing(
@@ -173,7 +142,7 @@ def standing(
         "losses": losses,
         "clusters": [list(g) for g in groups],
         "collisions": list(collisions),
-        "refused": dict(sum((p.refused - told[p.name] for p in alive), start=Counter[str]())),
+        "refused": dict(sum((p.post.refused - told[p.name] for p in alive), start=Counter[str]())),
     }
 
 
@@ -184,23 +153,3 @@ def simulated_key(settings: Federation, name: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(
         hashlib.sha256(f"simulated|{settings.name}|{settings.seed}|{name}".encode()).digest()
     )
-
-
-def _kept(out: Path, name: str) -> Path:
-    return out / "devices" / name
-
-
-def _first_round(settings: Federation, resume: bool) -> int:
-    """The round after the last one that every device has kept; what some have kept beyond it is dropped."""
-    if not resume:
-        return 0
-    kept = {
-        n: {int(p.name.split("-")[0]): p for p in _kept(Path(settings.out), n).glob("[0-9]*-*")}
-        for n in settings.devices
-    }
-    common = set.intersection(*(set(found) for found in kept.values()))
-    for found in kept.values():
-        for round_, folder in found.items():
-            if round_ > max(common, default=-1):
-                shutil.rmtree(folder)
-    return max(common, default=0)

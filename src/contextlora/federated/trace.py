@@ -98,6 +98,10 @@ class MeasuredChannel:
         at = bisect_right(rounds, round_)
         return rates[at - 1] if at else 0.0
 
+    def expected_rate(self, round_: int, a: str, b: str) -> float:
+        """See `Channel`: the one in force."""
+        return self.rate(round_, a, b)
+
     def demands(self, round_: int, group: Sequence[str], bits: Sequence[int]) -> tuple[Floats, Floats]:
         """See `Channel`. Power is p_max: here it is time that decides."""
         rates = np.array([[0.0 if a == b else self.rate(round_, a, b) for b in group] for a in group])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -47,9 +47,14 @@ MAP_NOTE = (
     "that clusters may lie across each other. Not heard: a device whose row that first one did not get in this round."
 )
 MEASURED = "No map: the channel was measured, not modelled, and says nothing of where devices are."
+ALONE = "No map: a real device does not know where others are."
 AIR_NOTE = (
     "Bytes are those handed to the channel; a unicast counts once for each receiver. Rows, which say who is there, "
     "cost no energy here. Receivers are counted once for every bundle that was for them; reached means by the deadline."
+)
+ALONE_NOTE = (
+    "As {device} saw it: bytes are what it sent to others and received from them, with all that was repeated. Not "
+    "known to it: what others spent and lost, whether its own bundles came in time, what its radio drew."
 )
 COLLISIONS_NOTE = (
     "Of each cluster, the share of positions in which two or more of its devices are active, in the layer where it is "
@@ -88,15 +93,16 @@ def page(rounds: Sequence[Round], settings: Federation | None, name: str) -> str
     most = settings.limits.collision if settings else None
     radius = settings.radio.radius if settings else None
     last = rounds[-1]
+    alone = ALONE_NOTE.format(device=last.device) if last.device else ""
     sections = [
         Section(
             f"Devices and clusters, round {last.step}",
             figures=[("where they are, and were", device_map(rounds, radius))] if last.positions else (),
             below=_clusters(last) + _devices(rounds, names, tasks),
-            note=MAP_NOTE if last.positions else MEASURED,
+            note=MAP_NOTE if last.positions else ALONE if alone else MEASURED,
         ),
         Section("Loss", figures=[("by device", loss_by_device(rounds, tasks))]),
-        Section("On the air", figures=_air(rounds), note=AIR_NOTE),
+        Section("On the air", figures=_air(rounds), below=_goodput(last), note=alone or AIR_NOTE),
         Section("Collisions", figures=[("by round", collision_rates(rounds, most))], note=COLLISIONS_NOTE),
         Section("Refused", below=_refused(rounds)),
         Section("Rounds", below=_table(rounds), note=_left_out(rounds)),
@@ -133,14 +139,25 @@ def _devices(rounds: Sequence[Round], names: Sequence[str], tasks: Mapping[str, 
 
 
 def _air(rounds: Sequence[Round]) -> list[tuple[str, str]]:
-    total, energy = sum(r.sent for r in rounds), sum(r.energy for r in rounds)
-    asked, reached = sum(r.asked for r in rounds), sum(r.reached for r in rounds)
     each = [f"{slot} {show_bytes(sum(r.bytes.get(slot, 0) for r in rounds))}" for slot in slots(rounds)]
-    heard = f"{reached:,} of {asked:,} receivers reached"
-    return [
-        (f"bytes: {show_bytes(total)} in all ({', '.join(each)})", bytes_by_slot(rounds)),
-        (f"energy: {energy:.4g} J in all; {heard}", energy_and_reach(rounds)),
-    ]
+    total = f"bytes: {show_bytes(sum(r.sent for r in rounds))} in all ({', '.join(each)})"
+    if rounds[-1].device:
+        received = show_bytes(sum(sum(r.received.values()) for r in rounds))
+        arrived, awaited = _sum(r.arrived for r in rounds), _sum(r.awaited for r in rounds)
+        total += f"; {received} received; {arrived:,.0f} of {awaited:,.0f} awaited bundles came in time"
+        return [(total, bytes_by_slot(rounds))]
+    asked, reached = _sum(r.asked for r in rounds), _sum(r.reached for r in rounds)
+    spent = f"energy: {_sum(r.energy for r in rounds):.4g} J in all; {reached:,.0f} of {asked:,.0f} receivers reached"
+    return [(total, bytes_by_slot(rounds)), (spent, energy_and_reach(rounds))]
+
+
+def _sum(numbers: Iterable[float | None]) -> float:
+    return sum(n for n in numbers if n is not None)
+
+
+def _goodput(last: Round) -> str:
+    rows = [[name, f"{rate / 1e6:.3g}"] for name, rate in sorted(last.goodput.items())]
+    return plain_table(["to", "goodput as last measured, Mbit/s"], rows) if rows else ""
 
 
 def _refused(rounds: Sequence[Round]) -> str:
@@ -152,27 +169,26 @@ def _refused(rounds: Sequence[Round]) -> str:
 
 
 def _table(rounds: Sequence[Round]) -> str:
-    used = slots(rounds)
-    heads = ["round", "devices", "loss", "clusters", *(f"{s}, bytes" for s in used), "bytes", "J", "s on the air"]
-    heads += ["reached", "asked", "worst collision", "refused"]
-    rows = [
-        [
-            str(r.step),
-            str(len(r.losses)),
-            f"{r.loss:.4f}",
-            str(len(r.clusters)),
-            *(f"{r.bytes.get(s, 0):,}" for s in used),
-            f"{r.sent:,}",
-            f"{r.energy:.4g}",
-            f"{r.seconds:.4g}",
-            f"{r.reached:,}",
-            f"{r.asked:,}",
-            f"{r.worst:.4f}",
-            ", ".join(f"{code}: {n}" for code, n in sorted(r.refused.items())) or "0",
-        ]
-        for r in rounds[-ROWS:]
+    columns: list[tuple[str, Callable[[Round], str | None]]] = [
+        ("round", lambda r: str(r.step)),
+        ("devices", lambda r: str(sum(map(len, r.clusters)) if r.device else len(r.losses))),
+        ("loss", lambda r: f"{r.loss:.4f}"),
+        ("clusters", lambda r: str(len(r.clusters))),
+        *((f"{s}, bytes", lambda r, s=s: f"{r.bytes.get(s, 0):,}") for s in slots(rounds)),
+        ("bytes", lambda r: f"{r.sent:,}"),
+        ("bytes received", lambda r: f"{sum(r.received.values()):,}" if r.device else None),
+        ("J", lambda r: None if r.energy is None else f"{r.energy:.4g}"),
+        ("s to receive" if rounds[-1].device else "s on the air", lambda r: f"{r.seconds:.4g}"),
+        ("reached", lambda r: None if r.reached is None else f"{r.reached:,}"),
+        ("asked", lambda r: None if r.asked is None else f"{r.asked:,}"),
+        ("arrived", lambda r: None if r.arrived is None else f"{r.arrived:,}"),
+        ("awaited", lambda r: None if r.awaited is None else f"{r.awaited:,}"),
+        ("worst collision", lambda r: f"{r.worst:.4f}"),
+        ("refused", lambda r: ", ".join(f"{code}: {n}" for code, n in sorted(r.refused.items())) or "0"),
     ]
-    return f'<div class="numbers">{plain_table(heads, rows)}</div>'
+    known = [(head, of) for head, of in columns if any(of(r) is not None for r in rounds)]
+    rows = [[of(r) or "" for _, of in known] for r in rounds[-ROWS:]]
+    return f'<div class="numbers">{plain_table([head for head, _ in known], rows)}</div>'
 
 
 def _left_out(rounds: Sequence[Round]) -> str:

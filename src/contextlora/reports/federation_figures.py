@@ -130,10 +130,12 @@ def energy_and_reach(rounds: Sequence[Round]) -> str:
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     edges = _edges(rounds)
-    above.stairs(_values(rounds, (r.energy for r in rounds), 0.0), edges, fill=True, color=COLOURS[6])
+    above.stairs(_values(rounds, (r.energy or 0.0 for r in rounds), 0.0), edges, fill=True, color=COLOURS[6])
     above.set_ylabel("J")
-    below.stairs(_values(rounds, (r.asked for r in rounds), 0.0), edges, fill=True, color="#c9d3df", label="asked")
-    below.stairs(_values(rounds, (r.reached for r in rounds), 0.0), edges, fill=True, color=COLOURS[2], label="reached")
+    below.stairs(_values(rounds, (r.asked or 0 for r in rounds), 0.0), edges, fill=True, color="#c9d3df", label="asked")
+    below.stairs(
+        _values(rounds, (r.reached or 0 for r in rounds), 0.0), edges, fill=True, color=COLOURS[2], label="reached"
+    )
     below.set_ylabel("receivers")
     bare(above)
     _by_round(below, _steps(rounds))

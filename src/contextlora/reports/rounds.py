@@ -14,15 +14,21 @@ METRICS, SETTINGS = "metrics.jsonl", "federation.yaml"
 
 
 class Round(BaseModel):
-    """One round, as `federated.simulate.standing` puts it; keys that are not known here are passed over.
+    """One round as `federated.simulate.standing` puts it, or as `federated.device.standing`: a real device knows less.
+
+    Keys that are not known here are passed over; None is what nobody there could know.
 
     Attributes:
         step: the round's number, from 0.
         time: when it ended, s since 1970.
-        bytes: handed to the channel, by slot.
+        device: the real one whose round it is; "" is a simulation's, of all devices.
+        bytes: handed to the channel, by slot; sent by the one device.
+        received: bytes, by slot.
         energy: J, of all devices.
-        seconds: on the air.
+        seconds: on the air; of a real device until what it awaited had come.
         asked, reached: receivers that bundles were for, and that had them by the deadline.
+        awaited, arrived: bundles that the device waited for, and that came in time.
+        goodput: bit/s to others as last measured.
         loss: the mean of `losses`, nats a token.
         losses: by device that was there.
         clusters: each one's devices, as the first device has found them.
@@ -35,11 +41,16 @@ class Round(BaseModel):
 
     step: int
     time: float
+    device: str = ""
     bytes: Mapping[str, int]
-    energy: float
+    received: Mapping[str, int] = {}
+    energy: float | None = None
     seconds: float
-    asked: int
-    reached: int
+    asked: int | None = None
+    reached: int | None = None
+    awaited: int | None = None
+    arrived: int | None = None
+    goodput: Mapping[str, float] = {}
     loss: float
     losses: Mapping[str, float]
     clusters: tuple[tuple[str, ...], ...]

@@ -62,7 +62,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     part.rename(final)
     sync(folder)
     found = _newest_first(folder)
-    later = [p for p in found if p.name > name]  # damaged, else the run would have gone on from there
+    later = [p for p in found if _place(p) > _place(final)]  # damaged, else the run would have gone on from there
     for old in later + found[len(later) + KEEP :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -130,7 +130,13 @@ def _read(path: Path) -> Checkpoint | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("[0-9]*-[0-9]*") if p.is_dir()), reverse=True)
+    return sorted((p for p in folder.glob("[0-9]*-[0-9]*") if p.is_dir()), key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Stage and update of a checkpoint: as names, stage 1000 would come before 999."""
+    stage, update = path.name.split("-")
+    return int(stage), int(update)
 
 
 def _seal(head: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -27,16 +28,33 @@ class Arrival(NamedTuple):
     message: bytes
 
 
+@dataclass
+class Traffic:
+    """What has gone to and come from one peer: content of frames, without what carries them (zenoh, TLS, TCP).
+
+    Attributes:
+        sent: bytes.
+        received: bytes.
+        chunks: how many were sent, repeated ones each time.
+    """
+
+    sent: int = 0
+    received: int = 0
+    chunks: int = 0
+
+
 class Fabric(Protocol):
     """One device's end. Time is that of `now`, in seconds: a real clock's, or a simulation's.
 
     Attributes:
         name: the device's own.
         refused: what was not let in, by error code.
+        traffic: by peer.
     """
 
     name: str
     refused: Counter[str]
+    traffic: dict[str, Traffic]
 
     def now(self) -> float:
         """The time by which deadlines are meant; it never goes back."""

@@ -40,12 +40,18 @@ class Hub:
         settings: with the faults.
         channel: what the bundles cross. Rows cross it too, but are repeated until they arrive: they are short, and
             without them there is no table.
+
+    Attributes:
+        round: the one it is in.
+        rates: bit/s as each sender has last measured them, with its air to itself, by sender and receiver.
+        late: bundles that arrive a round late, by slot and receiver: from whom, and what.
     """
 
     def __init__(self, settings: Federation, channel: Channel):
         self.settings, self.channel = settings, channel
         self.round, self.traffic = 0, Traffic()
-        self._late: dict[tuple[Slot, str], list[tuple[str, bytes]]] = defaultdict(list)
+        self.rates: dict[str, dict[str, float]] = {n: {} for n in settings.devices}
+        self.late: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
 
     def run(
         self,
@@ -91,7 +97,7 @@ class Hub:
         arrived: dict[str, dict[str, bytes]] = {name: {} for name in waiting}
         (slot,) = {w.slot for w in waiting.values()}
         for receiver in waiting:
-            for sender, data in self._late.pop((slot, receiver), []):
+            for sender, data in self.late.pop((slot, receiver), []):
                 arrived[receiver][f"{sender}, late"] = data
         longest = 0.0
         for sender in sorted(waiting):
@@ -105,14 +111,17 @@ class Hub:
         return arrived
 
     def _transmit(self, sender: str, to: tuple[str, ...], data: bytes, slot: Slot) -> tuple[tuple[str, ...], float]:
-        casts = 1 if self.settings.radio.cast == "broadcast" else len(to)
-        self.traffic.bytes[slot] += casts * len(data)
+        turns = 1 if self.settings.radio.cast == "broadcast" else len(to)
+        self.traffic.bytes[slot] += turns * len(data)
         if slot == "rows":
             return to, 0.0
         sent = self.channel.transmit(self.round, sender, to, 8 * len(data))
         self.traffic.energy += sent.energy
         self.traffic.asked += len(to)
         self.traffic.reached += len(sent.reached)
+        for receiver, seconds in zip(to, sent.seconds, strict=True):
+            if receiver in sent.reached:
+                self.rates[sender][receiver] = turns * 8 * len(data) / seconds
         return sent.reached, max((s for r, s in zip(to, sent.seconds, strict=True) if r in sent.reached), default=0.0)
 
     def _through_faults(
@@ -126,7 +135,7 @@ class Hub:
             if self._parted(sender, receiver):
                 continue
             if self._befalls("late", sender):
-                self._late[slot, receiver].append((sender, data))
+                self.late[slot, receiver].append((sender, data))
             else:
                 yield receiver, data
 

@@ -11,11 +11,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from contextlora.errors import PeerError, did_you_mean
-from contextlora.federated.fabric import Arrival
+from contextlora.federated.fabric import Arrival, Traffic
 from contextlora.federated.fabric.access import configuration
 from contextlora.federated.fabric.transfers import WINDOW, Frame, Kind, Link, Parcel, SharedAir
 from contextlora.federated.identity import Identity, Peer, check_endpoint
@@ -27,21 +26,6 @@ if TYPE_CHECKING:
 _DOMAIN = b"contextlora offer\0"  # a signature made for anything else is none here, nor the other way round
 _SIGNATURE = 64
 _TICK = 0.1  # seconds between two looks at what has waited too long
-
-
-@dataclass
-class Traffic:
-    """What has gone to and come from one peer: content of frames, without zenoh's, TLS's and TCP's own bytes.
-
-    Attributes:
-        sent: bytes.
-        received: bytes.
-        chunks: how many were sent, repeated ones each time.
-    """
-
-    sent: int = 0
-    received: int = 0
-    chunks: int = 0
 
 
 class _Line:

@@ -1,0 +1,33 @@
+"""What a device has in the end: its task's adapter for use anywhere and, if asked, its cluster's in the room of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from contextlora.errors import PeerError
+from contextlora.federated.layer import export, load_slice
+from contextlora.federated.pack import pack, save_packed
+from contextlora.federated.peer import Peer
+
+
+def deliver(peer: Peer, adapter: Path, packed: Path, say: Callable[[str], None] = lambda _: None) -> None:
+    """Writes a device's adapter as a PEFT folder and, where the federation packs, what it holds of its cluster.
+
+    A packed device answers with what the packing has left of its adapters; where they collide beyond S_max it stays
+    unpacked, and `say` is told.
+    """
+    load_slice(peer.reader.model, peer.local.block)
+    export(peer.reader.model, peer.task, adapter, peer.settings.model)
+    if not peer.settings.pack or not hasattr(peer, "clustering"):  # without a round nothing has changed
+        return
+    tasks = {peer.settings.devices[n].task for n in peer.clustering.group_of(peer.name)}
+    mine = {k: s for k, s in peer.held.slices.items() if s.task in tasks}
+    try:
+        found = pack([*mine.values()], peer.settings.limits.collision)
+    except PeerError as e:
+        say(f"{peer.name} is not packed: {e}")
+        return
+    save_packed(found, packed)
+    peer.held = replace(peer.held, slices={**peer.held.slices, **{k: found.slice(s.task) for k, s in mine.items()}})
