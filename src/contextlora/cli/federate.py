@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from contextlora.options import Json, Part, Set
+from contextlora.cli.options import Json, Part, Set
 
 Force = Annotated[bool, typer.Option("--force", help="Throw away what an earlier run has left in `out`.")]
 
