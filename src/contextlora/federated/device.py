@@ -13,7 +13,6 @@ from contextlora.federated.federation import Federation
 from contextlora.federated.identity import Identity
 from contextlora.federated.identity import Peer as Known
 from contextlora.federated.keep import load_peer, save_peer
-from contextlora.federated.layer import export, load_slice
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Bundles, Exchange, Rounds, Slot, place, rounds
@@ -60,8 +59,7 @@ def run_device(peer: Peer, fabric: Fabric, out: Path, *, resume: bool = False, s
                 watch.log(peer.round - 1, numbers)
                 watch.advance(peer.round, f"loss {loss:.3f}, {sum(map(len, clusters))} devices")
                 before = peer.round
-    load_slice(peer.reader.model, peer.local.block)
-    export(peer.reader.model, peer.task, out / "adapter", peer.settings.model)
+    peer.export(out / "adapter")
     return peer
 
 
@@ -159,5 +157,5 @@ def open_device(settings: Federation, identity: Identity, peers: Mapping[str, Kn
     prefix = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     known = {peers[n].key: n for n in settings.devices}
     mine = shares(settings, identity.name)[identity.name]
-    planner = Planner(channel_of(settings), settings.limits)
+    planner = Planner(channel_of(settings), settings.planned)
     return Peer(identity.name, settings, reader, mine, identity.key, known, planner, prefix)

@@ -14,6 +14,19 @@ from contextlora.federated.settings import Limits, Radio
 from contextlora.gear.units import Seconds
 from contextlora.strict import Strict, read_yaml, validate
 
+SHARED = ("ffa", "fedavg_lora", "full")  # one adapter for all tasks
+Aggregate = Literal[
+    "ours",
+    "paper_mean",
+    "single_cluster",
+    "lori",
+    "lori_cat",
+    "hard_routing",
+    "local",
+    "ffa",
+    "fedavg_lora",
+    "full",
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -92,7 +105,7 @@ class Federation(Strict):
         updates: local updates in each round.
         exchange_every: rounds from one exchange between clusters to the next.
         train: hyperparameters; epochs do not count here, updates do.
-        aggregate: "ours", or a rival: "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local".
+        aggregate: "ours", or a rival: see `methods`.
         trace: a CSV of measured rates in the place of the radio model.
         wait: how long a real device waits for others in one slot; the deadline of `limits` is what planning counts.
         devices: by name.
@@ -113,7 +126,7 @@ class Federation(Strict):
     slices: SliceConfig = SliceConfig()
     wire: WireConfig = WireConfig()
     gate: GateConfig = GateConfig()
-    aggregate: Literal["ours", "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local"] = "ours"
+    aggregate: Aggregate = "ours"
     radio: Radio = Radio()
     limits: Limits = Limits()
     trace: str | None = None
@@ -141,6 +154,16 @@ class Federation(Strict):
     def graph_path(self) -> Path:
         """Where the graph is read from."""
         return Path(self.graph) if self.graph else Path(self.data) / "graph.yaml"
+
+    @property
+    def planned(self) -> Limits:
+        """What clusters are planned under: S_max keeps tasks' masks apart, and has no meaning for rivals without any.
+
+        Nor for LoRI, which ties its devices to no collision rate, and for a single cluster, which is to hold all.
+        """
+        if self.aggregate in (*SHARED, "lori", "single_cluster"):
+            return self.limits.model_copy(update={"collision": 1.0})
+        return self.limits
 
     @property
     def total_updates(self) -> int:

@@ -46,7 +46,7 @@ def load_peer(peer: Peer, folder: Path) -> bool:
     found = checkpoint.load_latest(folder, run_of(peer.settings))
     if found is None:
         return False
-    peer.start(Local.of_tensors(peer.task, _below(found.tensors, LOCAL)))
+    peer.start(Local.of_tensors(peer.owner, _below(found.tensors, LOCAL)))
     peer.round = found.stage
     slices: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, t in _below(found.tensors, HELD).items():
@@ -69,13 +69,13 @@ def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 def _tensors(slice_: Slice) -> Iterator[tuple[str, Tensor]]:
     for layer, mask in slice_.masks.items():
         yield f"shape|{layer}", torch.tensor(mask.shape)
-        yield f"mask|{layer}", torch.from_numpy(mask.indices)
+        yield f"mask|{layer}", torch.from_numpy(mask.kept())
         yield f"values|{layer}", torch.from_numpy(slice_.values[layer])
 
 
 def _slice(task: str, parts: dict[str, Tensor]) -> Slice:
     layers = [name.removeprefix("shape|") for name in parts if name.startswith("shape|")]
-    masks = {la: Mask(_pair(parts[f"shape|{la}"]), parts[f"mask|{la}"].numpy()) for la in layers}
+    masks = {la: Mask.of_kept(_pair(parts[f"shape|{la}"]), parts[f"mask|{la}"].numpy()) for la in layers}
     return Slice(task, masks, {la: parts[f"values|{la}"].numpy() for la in layers})
 
 

@@ -15,11 +15,13 @@ from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.evaluate import answer, same_length
 from contextlora.evaluation.metrics import Accuracy, score
-from contextlora.federated.layer import sparse_layers
+from contextlora.federated.aggregate import EVERYONE
+from contextlora.federated.layer import load_slice, sparse_layers
+from contextlora.federated.local import sharing_of
 from contextlora.federated.peer import Peer
 from contextlora.federated.routing import pooled_prompts, routed
 from contextlora.federated.taskgate import TaskGate, confusion
-from contextlora.lora.attach import detached
+from contextlora.lora.attach import attached_state, detached
 
 Choice = Literal["gate", "oracle", "sum", "base"]
 PROMPTS = 16  # in one pass that only looks at them
@@ -74,6 +76,17 @@ def measure(peer: Peer, split: str, choice: Choice | None = None, limit: int | N
 @contextmanager
 def _answering(peer: Peer, choice: Choice) -> Iterator[None]:
     model, graph = peer.reader.model, peer.reader.encoder.graph
+    if choice == "base":
+        with detached(model):
+            yield
+        return
+    if (shared := peer.held.slices.get(("", EVERYONE))) is not None:  # the layers that trained it answer with it
+        load_slice(model, shared)
+        state = attached_state(model)
+        assert state is not None
+        state.sharing = sharing_of(state.graph, EVERYONE)
+        yield
+        return
     projections = {path: layer.A for path, layer in sparse_layers(model).items()}
 
     def project(task: str, layer: str) -> NDArray[np.float32]:
@@ -81,9 +94,6 @@ def _answering(peer: Peer, choice: Choice) -> Iterator[None]:
         return np.asarray(projections[layer][rows.start : rows.stop].float().cpu())
 
     with detached(model):
-        if choice == "base":
-            yield
-            return
         gate = gate_of(peer) if choice == "gate" else None
         held = replace(peer.held, choice=choice)
         with routed(model, graph, held, project, gate=gate, k=peer.settings.gate.ranks):

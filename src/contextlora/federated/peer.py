@@ -8,28 +8,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from contextlora.data.records import Example
 from contextlora.errors import PeerError
-from contextlora.federated.aggregate import Held, Update, strategy
-from contextlora.federated.calibration import calibrate
+from contextlora.federated.aggregate import Held, Update, choice_of, strategy
 from contextlora.federated.cluster import Clustering
 from contextlora.federated.codec import Codec
 from contextlora.federated.federation import Federation
-from contextlora.federated.layer import load_slice, sparse_layers
+from contextlora.federated.layer import export, learning_parts, load_slice
 from contextlora.federated.local import Local, first_batches, local_run
 from contextlora.federated.mailbox import Inbox, Message, Outbox, Row, send_row
+from contextlora.federated.methods import first_local, owner_of
 from contextlora.federated.planner import Gateways, Planner
 from contextlora.federated.protocol import Bundles, Slot, unbundle
 from contextlora.federated.routing import pooled_prompts
-from contextlora.federated.slices import Layer, Mask, Slice
-from contextlora.federated.sparsity import first_slice
+from contextlora.federated.slices import Layer, Mask, Slice, zeros
 from contextlora.federated.table import Standing, mean_row, read_mean
 from contextlora.federated.taskgate import TaskMean
-from contextlora.federated.wire import OVERHEAD, Kind, read_header
+from contextlora.federated.wire import OVERHEAD, Kind, Limits, read_header
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.prefix import FrozenPrefix
 
@@ -90,14 +92,16 @@ class Peer:
         self.prefix = prefix if asked > len(examples) else None  # it pays from the second look at a sample on
         self.task = settings.devices[name].task
         self.others = tuple(n for n in sorted(settings.devices) if n != name)
-        self.layers = {path: layer.out_features for path, layer in sparse_layers(reader.model).items()}
-        graph = reader.encoder.graph
-        self.sizes = {t: [graph.rank_of(t) * width for width in self.layers.values()] for t in graph.names}
+        self.owner, graph = owner_of(self.task, settings), reader.encoder.graph
+        self.layers = learning_parts(reader.model)
+        self.shapes = {t: [p.shape(owner_of(t, settings)) for p in self.layers.values()] for t in graph.names}
+        self.sizes = {t: [rows * columns for rows, columns in shapes] for t, shapes in self.shapes.items()}
         codecs = {"full": Codec[settings.wire.full.upper()]}
         delta = Codec[settings.wire.delta.upper()] if settings.wire.delta else None
         self.outbox = Outbox(key, settings.name, self.task, **codecs, delta=delta)
-        self.inbox = Inbox(settings.name, known, self.sizes)
-        self.round, self.held, self.losses = 0, Held(), list[float]()
+        largest = max(map(sum, self.sizes.values()))
+        self.inbox = Inbox(settings.name, known, self.sizes, Limits(payload=max(Limits.payload, 3 * largest)))
+        self.round, self.held, self.losses = 0, Held(choice=choice_of(settings.aggregate)), list[float]()
         self.heard: dict[str, Heard] = {}
         self.table: dict[str, Standing] = {}
         self.fresh: dict[str, Update] = {}
@@ -111,14 +115,11 @@ class Peer:
     # --- its own slice -------------------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
-        """Lays out its own slice from the first mini-batches of its data (eq. 18 and 20 to 22)."""
+        """Lays out its own slice, of `ours` from the first mini-batches of its data (eq. 18 and 20 to 22)."""
         s = self.settings
         self._load_prerequisites()
+        self.start(first_local(self.reader, self.examples, self.task, s, self.prefix))
         batches = first_batches(self.reader, self.examples, self.task, s.train, s.slices.calibration)
-        found = calibrate(self.reader, self.task, batches, spectra=s.slices.allocation == "entropy")
-        total = max(1, round(s.slices.share * found.entries))
-        how = {"allocation": s.slices.allocation, "temperature": s.slices.temperature, "floor": s.slices.floor}
-        self.start(Local.first(first_slice(found, total, **how)))  # type: ignore[arg-type]
         pooled = [pooled_prompts(self.reader.model, self.reader.inputs(b), prompt=b.prompt) for b in batches]
         mean = TaskMean.of(np.concatenate(pooled))
         self.means[self.name] = read_mean(mean_row(mean), len(mean.mean), self.name)  # as the others have it
@@ -134,17 +135,18 @@ class Peer:
         self._load_prerequisites()
         done = min(self.round * s.updates, s.total_updates - s.updates)  # one that was away skips what it missed
         at = replace(self.local, update=max(done, self.local.update))
+        counts = {"updates": s.updates, "total": s.total_updates}
         self.local, self.losses = local_run(
-            self.reader, self.examples, at, s.train, updates=s.updates, total=s.total_updates, prefix=self.prefix
+            self.reader, self.examples, at, s.train, **counts, prefix=self.prefix, task=self.task
         )
 
     def _load_prerequisites(self) -> None:
         """Puts on the model what it has of them, or nothing: in a simulation others were there before."""
-        graph = self.reader.encoder.graph
-        for p in graph.prerequisites(self.task):
-            none = {la: Mask((graph.rank_of(p), width), np.empty(0, np.int64)) for la, width in self.layers.items()}
-            empty = Slice(p, none, dict.fromkeys(none, np.empty(0, np.float32)))
-            load_slice(self.reader.model, self.adapter(p) or empty)
+        if self.owner != self.task:
+            return  # one adapter for all tasks
+        for p in self.reader.encoder.graph.prerequisites(self.task):
+            none = {la: Mask(s, np.empty(0, np.int64)) for la, s in zip(self.layers, self.shapes[p], strict=True)}
+            load_slice(self.reader.model, self.adapter(p) or zeros(p, none))
 
     def adapter(self, task: str) -> Slice | None:
         """What it would answer `task` with: its own cluster's adapter where clusters have one each."""
@@ -299,10 +301,9 @@ class Peer:
                         self.heard.pop(self.inbox.peers[sender], None)
 
     def _masks(self, message: Message) -> dict[Layer, Mask]:
-        rank = self.reader.encoder.graph.rank_of(message.header.task)
-        parts = np.split(np.asarray(message.content), np.cumsum(self.sizes[message.header.task])[:-1])
-        shapes = [(rank, width) for width in self.layers.values()]
-        made = [Mask(shape, np.flatnonzero(bits)) for shape, bits in zip(shapes, parts, strict=True)]
+        task = message.header.task
+        parts = np.split(np.asarray(message.content, bool), np.cumsum(self.sizes[task])[:-1])
+        made = [Mask.of_bits(shape, bits) for shape, bits in zip(self.shapes[task], parts, strict=True)]
         return dict(zip(self.layers, made, strict=True))
 
     def _as_update(self, name: str, heard: Heard, message: Message) -> Update:
@@ -320,11 +321,21 @@ class Peer:
         """Puts together what it holds, its own slice included; the next round begins."""
         own = Update(self.name, self.local.own, len(self.examples), self.round + 1, self.cluster)
         self.held = strategy(self.settings.aggregate)(own, list(self.fresh.values()), self.held)
-        block = self.adapter(self.task)
+        block = self.adapter(self.owner)
         assert block is not None
         self.local = replace(self.local, block=_with_room(block, self.local.learns))
         self.fresh = {}
         self.round += 1
+
+    def export(self, out: Path) -> None:
+        """Writes what it trains as a plain PEFT LoRA; of full fine-tuning, the weights' differences to the base."""
+        load_slice(self.reader.model, self.local.block)
+        if self.settings.aggregate == "full":
+            moved = {f"{layer}.weight": torch.from_numpy(self.local.block.dense(layer)) for layer in self.layers}
+            out.mkdir(parents=True, exist_ok=True)
+            save_file(moved, out / "difference.safetensors")
+            return
+        export(self.reader.model, self.owner, out, self.settings.model)
 
     @property
     def refused(self) -> Counter[str]:
@@ -342,7 +353,6 @@ def _with_room(block: Slice, learns: Mapping[Layer, Mask]) -> Slice:
     """The block with at least the entries that learn, zero where nothing is known of them."""
     masks, values = dict[Layer, Mask](), dict[Layer, Any]()
     for layer, mine in learns.items():
-        both = np.union1d(block.masks[layer].indices, mine.indices)
-        masks[layer] = Mask(mine.shape, both)
-        values[layer] = block.dense(layer).ravel()[both]
+        masks[layer] = block.masks[layer].either(mine)
+        values[layer] = block.dense(layer).ravel()[masks[layer].indices]
     return Slice(block.task, masks, values)

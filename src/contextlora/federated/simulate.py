@@ -17,15 +17,14 @@ from contextlora.federated.channel import Channel, RadioChannel
 from contextlora.federated.fabric.local import Hub, Traffic
 from contextlora.federated.federation import Federation, save_federation
 from contextlora.federated.keep import load_peer, save_peer
-from contextlora.federated.layer import export, layers, load_slice
 from contextlora.federated.live import live
+from contextlora.federated.methods import put_on
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Rounds, rounds
 from contextlora.federated.trace import MeasuredChannel
 from contextlora.federated.wire import public_key
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import attach
 from contextlora.models import load_model
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training import checkpoint
@@ -43,6 +42,7 @@ def simulate(
     resume: bool = False,
     silent: bool = False,
     reader: ImageFeatures | None = None,
+    prefix: FrozenPrefix | None = None,
 ) -> dict[str, Peer]:
     """Runs a federation's rounds; keeps every device and the metrics of each round in `settings.out`.
 
@@ -50,7 +50,8 @@ def simulate(
         settings: what all devices agree on, and the faults.
         resume: go on after the last round that every device has kept.
         silent: no table of rounds on the terminal.
-        reader: of a model with sparse layers of these tasks, instead of one that is opened here.
+        reader: of a model with the method's layers (`methods.put_on`), instead of one that is opened here.
+        prefix: activations below those layers, kept from other runs over the same base; None keeps this run's own.
 
     Returns:
         The devices as they stand at the end, by name.
@@ -60,16 +61,18 @@ def simulate(
     """
     reader = reader or open_reader(settings, graph_of_devices(settings))
     channel, out = channel_of(settings), Path(settings.out)
-    planner = Planner(channel, settings.limits)
+    planner = Planner(channel, settings.planned)
     keys = {name: simulated_key(settings, name) for name in settings.devices}
     known = {public_key(key): name for name, key in keys.items()}
-    prefix, data = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30)), shares(settings)
+    data = shares(settings)
+    below = prefix or FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     peers: dict[str, Peer] = {}
     told: dict[str, Counter[str]] = {}
 
     def start(name: str) -> Rounds:
         """A device that begins, or that comes back with what it has kept."""
-        peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, planner, prefix)
+        peer = peers[name] = Peer(name, settings, reader, data[name], keys[name], known, planner, below)
+        peer.prefix = prefix or peer.prefix
         told[name] = Counter()
         if not load_peer(peer, _kept(out, name)):
             peer.calibrate()
@@ -96,8 +99,7 @@ def simulate(
     for name in settings.devices.keys() - peers.keys():  # with nothing left to do
         start(name)
     for name, peer in sorted(peers.items()):
-        load_slice(reader.model, peer.local.block)
-        export(reader.model, peer.task, out / "adapters" / name, settings.model)
+        peer.export(out / "adapters" / name)
     return peers
 
 
@@ -114,8 +116,7 @@ def graph_of_devices(settings: Federation) -> TaskGraph:
 def open_reader(settings: Federation, graph: TaskGraph) -> ImageFeatures:
     """The base model with sparse layers: the same on every device."""
     model, processor = load_model(settings.model, dtype=settings.dtype)
-    where = {"layers": settings.train.layers, "targets": settings.train.targets}
-    attach(model, graph, make=layers(settings.seed), **where)  # type: ignore[arg-type]
+    put_on(model, graph, settings)
     encoder = Encoder(processor, graph)
     return ImageFeatures(model, encoder, feature_folder(model) if encoder.sees_images else None)
 
