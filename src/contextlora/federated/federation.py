@@ -108,6 +108,7 @@ class Federation(Strict):
         aggregate: "ours", or a rival: see `methods`.
         trace: a CSV of measured rates in the place of the radio model.
         wait: how long a real device waits for others in one slot; the deadline of `limits` is what planning counts.
+        max_samples: each device trains on so many of its examples, drawn by its name; None is all of them.
         devices: by name.
         faults: of a simulation.
     """
@@ -131,6 +132,7 @@ class Federation(Strict):
     limits: Limits = Limits()
     trace: str | None = None
     wait: Annotated[Seconds, Field(gt=0)] = 30.0
+    max_samples: Annotated[int, Field(ge=1)] | None = None
     devices: dict[Name, Device] = Field(min_length=1)
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
 

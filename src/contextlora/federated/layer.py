@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from contextlora.errors import PeerError
 from contextlora.federated.projection import independent, projection
 from contextlora.federated.slices import Layer, Mask, Slice
-from contextlora.lora.attach import Make, graph_of
+from contextlora.lora.attach import Make, adapted_layers, graph_of
 from contextlora.lora.export import CONFIG, node, peft_files, peft_targets
 from contextlora.lora.folder import write_folder
 from contextlora.lora.gates import GateState
@@ -176,9 +176,10 @@ def gaussian_layers(seed: int) -> Make:
 def learning_parts(model: nn.Module) -> dict[Layer, Part]:
     """All of a model that a device trains and sends, by name. Raises PeerError E605 for a plain model."""
     found: dict[Layer, Part] = {}
-    for layer in model.modules():
-        if hasattr(layer, "parts"):
-            found |= layer.parts()
+    for layer in adapted_layers(model).values():
+        parts = getattr(layer, "parts", None)
+        if parts is not None:
+            found |= parts()
     if not found:
         raise PeerError("E605", "the model has no sparse layers; attach(model, graph, make=layers(seed)) first")
     return found

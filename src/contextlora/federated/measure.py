@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -67,10 +67,15 @@ def measure(peer: Peer, split: str, choice: Choice | None = None, limit: int | N
     if not any(asked.values()):
         raise DataError("E230", f"no record of split '{split}'", where=peer.settings.data)
     routes = where_prompts_go(peer, asked)
+    right = {t: Accuracy.of(list(s.values())) for t, s in scores(peer, asked, choice).items()}
+    return Measured(choice, right, tuple(asked), routes)
+
+
+def scores(peer: Peer, asked: Mapping[str, list[Example]], choice: Choice) -> dict[str, dict[str, float]]:
+    """How right a device's answers are, by task and example, 0 to 1."""
     with _answering(peer, choice):
         found = {t: answer(peer.reader, mine, t) for t, mine in asked.items() if mine}
-    right = {t: Accuracy.of([score(found[t][e.id], e.answers[t]) for e in asked[t]]) for t in found}
-    return Measured(choice, right, tuple(asked), routes)
+    return {t: {e.id: score(found[t][e.id], e.answers[t]) for e in asked[t]} for t in found}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -142,12 +143,21 @@ def shares(settings: Federation, only: str | None = None) -> dict[str, list[Exam
             continue
         if device.data is not None:
             mine = load_examples(device.data, graph, split="train")
-            found[name] = [e for e in mine if device.task in e.answers]
+            found[name] = _drawn([e for e in mine if device.task in e.answers], settings, name)
             continue
         common = load_examples(settings.data, graph, split="train") if common is None else common
         among = [n for n, d in settings.devices.items() if d.task == device.task and d.data is None]
-        found[name] = [e for e in common if device.task in e.answers][among.index(name) :: len(among)]
+        mine = [e for e in common if device.task in e.answers][among.index(name) :: len(among)]
+        found[name] = _drawn(mine, settings, name)
     return found
+
+
+def _drawn(mine: list[Example], settings: Federation, name: str) -> list[Example]:
+    """`max_samples` of a device's examples, in their order; the same under every seed."""
+    if settings.max_samples is None or settings.max_samples >= len(mine):
+        return mine
+    drawn = random.Random(f"{settings.name}|{name}").sample(range(len(mine)), settings.max_samples)
+    return [mine[i] for i in sorted(drawn)]
 
 
 def standing(
