@@ -159,7 +159,7 @@ def test_what_is_trained_is_what_travels_and_is_counted(words, tmp_path):
     assert sent["ffa"] < sent["fedavg_lora"] < sent["full"]
 
 
-@pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full", "lori"])
+@pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full", "lori", "single_cluster", "hard_routing"])
 def test_two_runs_and_a_resumed_one_hold_what_they_should(words, tmp_path, name):
     devices = {"a": "weather", "b": "light", "c": "action"}
     one, other = (run(words, tmp_path / x, name, devices=devices) for x in "xy")

@@ -67,10 +67,11 @@ def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 
 def _tensors(slice_: Slice) -> Iterator[tuple[str, Tensor]]:
+    """Copies: tasks of one cluster may hold the very same arrays, and a file of tensors refuses what is shared."""
     for layer, mask in slice_.masks.items():
         yield f"shape|{layer}", torch.tensor(mask.shape)
-        yield f"mask|{layer}", torch.from_numpy(mask.kept())
-        yield f"values|{layer}", torch.from_numpy(slice_.values[layer])
+        yield f"mask|{layer}", torch.from_numpy(mask.kept().copy())
+        yield f"values|{layer}", torch.from_numpy(slice_.values[layer].copy())
 
 
 def _slice(task: str, parts: dict[str, Tensor]) -> Slice:

@@ -169,8 +169,9 @@ def _columns(rows: Rows) -> Sequence[str]:
 
 RADIO_NOTE = (
     "One message of the first device to all others; means over runs with 95 % intervals, each run with other places "
-    "and fading. per joule: receivers reached by all runs over their joules. missed: of the links of groups that planning"
-    " allows, the share that faded below what it counted on. planned: the share of runs whose group planning allows."
+    "and fading. per joule: receivers reached in all runs over their joules. missed: of the links of groups that "
+    "planning allows, the share that faded below what it counted on. planned: the share of runs whose group planning "
+    "allows."
 )
 
 
