@@ -153,6 +153,7 @@ class Inbox:
         sizes: for each task, entries of B in each layer.
         limits: of any message.
         seen: what `seen` was before a restart, so that what was let in then is still a replay.
+        differences: whether senders may send any; if not, no values are held here to which they could be.
 
     Attributes:
         refused: how many, by error code.
@@ -167,8 +168,10 @@ class Inbox:
         sizes: Mapping[str, Sequence[int]],
         limits: Limits | None = None,
         seen: Mapping[tuple[str, str, str], tuple[int, int]] | None = None,
+        differences: bool = True,
     ):
         self.run, self.peers, self.sizes, self.limits = run_hash(run), peers, sizes, limits or Limits()
+        self.differences = differences
         self.refused: Counter[str] = Counter()
         self.accepted = 0
         self.seen = dict(seen or {})
@@ -240,6 +243,8 @@ class Inbox:
                 values = keep[header.base] + values
         if _state(values) != header.state or not np.isfinite(values).all():
             raise PeerError("E632", "the values are not those that the sender expects here; ask for all", where=name)
+        if not self.differences:
+            return values
         held.versions = {**keep, header.version: values}
         return values.copy()
 

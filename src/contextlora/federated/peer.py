@@ -99,8 +99,8 @@ class Peer:
         codecs = {"full": Codec[settings.wire.full.upper()]}
         delta = Codec[settings.wire.delta.upper()] if settings.wire.delta else None
         self.outbox = Outbox(key, settings.name, self.task, **codecs, delta=delta)
-        largest = max(map(sum, self.sizes.values()))
-        self.inbox = Inbox(settings.name, known, self.sizes, Limits(payload=max(Limits.payload, 3 * largest)))
+        limits = Limits(payload=max(Limits.payload, 3 * max(map(sum, self.sizes.values()))))
+        self.inbox = Inbox(settings.name, known, self.sizes, limits, differences=delta is not None)
         self.round, self.held, self.losses = 0, Held(choice=choice_of(settings.aggregate)), list[float]()
         self.heard: dict[str, Heard] = {}
         self.table: dict[str, Standing] = {}

@@ -44,6 +44,7 @@ def simulate(
     silent: bool = False,
     reader: ImageFeatures | None = None,
     prefix: FrozenPrefix | None = None,
+    keep: bool = True,
 ) -> dict[str, Peer]:
     """Runs a federation's rounds; keeps every device and the metrics of each round in `settings.out`.
 
@@ -53,6 +54,7 @@ def simulate(
         silent: no table of rounds on the terminal.
         reader: of a model with the method's layers (`methods.put_on`), instead of one that is opened here.
         prefix: activations below those layers, kept from other runs over the same base; None keeps this run's own.
+        keep: write checkpoints, without which nothing resumes and no device comes back, and adapters.
 
     Returns:
         The devices as they stand at the end, by name.
@@ -87,7 +89,7 @@ def simulate(
     with Tracker(out, quiet=True) as watch, live(settings.rounds, done=first, quiet=silent) as show:
 
         def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
-            for name in sorted(there):
+            for name in sorted(there) if keep else ():
                 save_peer(peers[name], _kept(out, name))
             if round_ == first:  # not before: a resumed run may turn out to be another one
                 save_federation(settings, out / "federation.yaml")
@@ -99,7 +101,7 @@ def simulate(
         Hub(settings, channel).run(start, first, after)
     for name in settings.devices.keys() - peers.keys():  # with nothing left to do
         start(name)
-    for name, peer in sorted(peers.items()):
+    for name, peer in sorted(peers.items()) if keep else ():
         peer.export(out / "adapters" / name)
     return peers
 

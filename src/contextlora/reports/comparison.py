@@ -19,7 +19,7 @@ COUNTED = {
     "sent_bytes": ("bytes a device and round", 0),
     "joules": ("J a round", 4),
     "heard": ("share heard", 3),
-    "collision": ("worst collision rate", 3),
+    "collision": ("worst cluster's collision rate, counted", 3),
     "routed": ("routed right", 3),
     "updates": ("updates of a parameter", 0),
     "samples": ("samples seen", 0),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError
@@ -87,7 +88,7 @@ def federated(bench: Bench, job: Job) -> Measured:
             with _layers_of(o, settings):
                 bench.told(f"{len(settings.devices)} devices, {settings.rounds} rounds of {settings.aggregate}")
                 start = time.perf_counter()
-                peers = simulate(settings, silent=True, reader=o.reader, prefix=_below(o, job, settings))
+                peers = simulate(settings, silent=True, reader=o.reader, prefix=_below(o, job, settings), keep=False)
                 costs.append({"train_seconds": time.perf_counter() - start})
                 bench.told("asking")
                 mine = asked if tasks is None else {t: asked[t] for t in tasks}
@@ -183,7 +184,7 @@ def _costs(peers: Mapping[str, Peer], answered: Mapping[str, Any], detail: Mappi
         "sent_parameters": float(np.mean(trained)) if any(r["asked"] for r in rounds) else 0.0,
         "sent_bytes": float(np.mean(sent)) / len(peers),
         "joules": float(np.mean([r["energy"] for r in rounds])),
-        "collision": max((s for r in rounds for s in r["collisions"]), default=0.0),
+        "collision": max(_counted({n: peers[n].local.own for n in group}) for group in rounds[-1]["clusters"]),
         "updates": float(one.local.update),
         "samples": float(one.local.update * one.settings.train.batch_size * one.settings.train.accumulate),
     }
@@ -243,19 +244,31 @@ def collisions(bench: Bench, job: Job) -> Measured:
 def _rates(s: Federation, slices: Mapping[str, Slice]) -> Scores:
     """The rates of some devices: all together, and in the clusters that a round's table gives."""
     names = list(slices)
-    sparsity = np.array([[m.rate for m in x.masks.values()] for x in slices.values()])
     sizes = [m.size for m in slices[names[0]].masks.values()]
-    bits = np.stack([np.concatenate([m.bitmap() for m in x.masks.values()]) for x in slices.values()])
+    sparsity = np.array([[m.rate for m in x.masks.values()] for x in slices.values()])
+    bits = _bitmaps(slices)
     table = [Member(n, tuple(map(float, row)), 8 * slices[n].active) for n, row in zip(names, sparsity, strict=True)]
     air = channel_of(s.model_copy(update={"devices": {n: s.devices[n] for n in names}}))
     groups = cluster(table, air, s.planned).groups
     counted = cluster(table, air, s.planned, masks=dict(zip(names, bits, strict=True)), sizes=sizes)
-    inside = [measured_rates(bits[[names.index(n) for n in g]], sizes).max() for g in groups]
     return {
         "all, expected": {"worst layer": float(expected_rates(sparsity).max())},
-        "all, counted": {"worst layer": float(measured_rates(bits, sizes).max())},
-        "clusters planned with eq. 19, counted": {"worst cluster": float(max(inside))},
+        "all, counted": {"worst layer": _counted(slices)},
+        "clusters planned with eq. 19, counted": {
+            "worst cluster": max(_counted({n: slices[n] for n in g}) for g in groups)
+        },
         "clusters planned with counts, counted": {"worst cluster": float(max(counted.collisions))},
         "number of clusters, eq. 19": {"clusters": float(len(groups))},
         "number of clusters, counts": {"clusters": float(len(counted.groups))},
     }
+
+
+def _bitmaps(slices: Mapping[str, Slice]) -> NDArray[np.uint8]:
+    """(devices, bytes), as `MeasuredCollisions` takes them."""
+    return np.stack([np.concatenate([m.bitmap() for m in x.masks.values()]) for x in slices.values()])
+
+
+def _counted(slices: Mapping[str, Slice]) -> float:
+    """max_l S_l of some devices' own masks."""
+    sizes = [m.size for m in next(iter(slices.values())).masks.values()]
+    return float(measured_rates(_bitmaps(slices), sizes).max())

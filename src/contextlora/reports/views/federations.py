@@ -22,13 +22,14 @@ TRAVELLED = {
     "sent_bytes": ("bytes a device and round", "{:,.0f}"),
     "joules": ("J a round", "{:.4f}"),
     "heard": ("share of receivers in time", "{:.3f}"),
-    "collision": ("worst collision rate", "{:.3f}"),
+    "collision": ("collision rate, counted", "{:.3f}"),
     "routed": ("prompts routed right", "{:.3f}"),
     "train_seconds": ("simulated in, s", "{:.0f}"),
 }
 TRAVELLED_NOTE = (
-    "Means over seeds. Bytes are those handed to the channel, all slots and rows included; a broadcast counts once. "
-    "Methods of which every device hears in time need no routing; a device that is alone sends nothing."
+    "Means over seeds. The collision rate is max_l S_l of the worst cluster of the last round, by popcount. Bytes are "
+    "those handed to the channel, all slots and rows included; a broadcast counts once. A device that is alone sends "
+    "nothing. Routed right: of the prompts of all tasks, those that the gate sent to their own task."
 )
 GAP_NOTE = "Each method minus hard routing, which knows every input's true task. " + accuracy.PAIRED
 Cells = Iterator[tuple[str, Point, str, Mapping[int, Result]]]
