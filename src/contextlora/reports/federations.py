@@ -30,8 +30,7 @@ from contextlora.federated.peer import Peer
 from contextlora.federated.simulate import channel_of, shares, simulate
 from contextlora.federated.slices import Slice
 from contextlora.federated.sparsity import first_slice
-from contextlora.models.prompts import KnownPrompts
-from contextlora.reports.bench import PROMPT_BYTES, Bench, Opened
+from contextlora.reports.bench import Bench, Opened
 from contextlora.reports.jobs import Job
 from contextlora.reports.probes import Measured, Scores
 from contextlora.strict import validate
@@ -157,9 +156,12 @@ def _answers(o: Opened, peer: Peer, asked: Asked, *, alone: bool) -> tuple[Score
     """A device's scores, and where its gate sent the prompts. One that is alone is told the task."""
     choice = "oracle" if alone and peer.owner != EVERYONE else peer.held.choice
     routes = where_prompts_go(peer, dict(asked)) if choice == "gate" else None
-    # the gate looks at prompts in a pass of its own, which known prompts would cut short
-    o.reader.prompts = None if choice == "gate" else o.reader.prompts or KnownPrompts(o.model, PROMPT_BYTES)
-    found = scores(peer, asked, choice)
+    known = o.reader.prompts
+    o.reader.prompts = None if choice == "gate" else known  # its own look at a prompt would be cut short
+    try:
+        found = scores(peer, asked, choice)
+    finally:
+        o.reader.prompts = known
     detail: dict[str, Any] = {"choice": choice}
     if routes is not None:
         detail |= {"tasks": list(peer.gate_means()), "routes": routes.tolist()}
