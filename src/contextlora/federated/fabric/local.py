@@ -105,7 +105,7 @@ class Hub:
         return arrived
 
     def _transmit(self, sender: str, to: tuple[str, ...], data: bytes, slot: Slot) -> tuple[tuple[str, ...], float]:
-        casts = 1 if self.settings.radio.cast == "broadcast" else len(to)
+        casts = min(1, len(to)) if self.settings.radio.cast == "broadcast" else len(to)
         self.traffic.bytes[slot] += casts * len(data)
         if slot == "rows":
             return to, 0.0
