@@ -170,8 +170,8 @@ class _Comparison(Preset):
 
     @model_validator(mode="after")
     def _federations_are_measured_as_such(self) -> _Comparison:
-        given = [self, *self.arms.values()]
-        if self.measure not in FEDERATIONS and (any(x.federation for x in given) or "devices" in self.sweep):
+        given = bool(self.federation) or "devices" in self.sweep or any(a.federation for a in self.arms.values())
+        if given and self.measure not in FEDERATIONS:
             raise ValueError(f"federation, devices: only for measure {', '.join(FEDERATIONS)}")
         return self
 
