@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SIZES = {"1.05 MB": 1_050_000, "2.13 MB": 2_130_000, "16 MB": 16_000_000}  # int4, int8 of Table I's shapes; bf16
 RUNS = 2000  # places and fadings, each another run of the channel
+BLOCK = 20  # runs whose mean is one item: an interval over blocks is that over runs, in a fraction of the time
 
 
 def radio(bench: Bench, job: Job) -> Measured:
@@ -35,7 +36,8 @@ def radio(bench: Bench, job: Job) -> Measured:
         reached, joules, power, missed, planned = map(np.array, zip(*found, strict=True))
         means = {"reached": reached, "joules": joules, "power": power}
         for what, values in means.items():
-            parts.setdefault(what, {})[size] = {f"{i:04}": float(v) for i, v in enumerate(values)}
+            blocks = values.reshape(-1, BLOCK).mean(1)
+            parts.setdefault(what, {})[size] = {f"{i:04}": float(v) for i, v in enumerate(blocks)}
         ratio = reached.sum() / joules.sum() if joules.sum() else 0.0
         parts.setdefault("per joule", {})[size] = {"all runs": float(ratio)}
         if planned.sum():
