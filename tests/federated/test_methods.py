@@ -162,6 +162,8 @@ def test_what_is_trained_is_what_travels_and_is_counted(words, tmp_path):
 @pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full", "lori", "single_cluster", "hard_routing"])
 def test_two_runs_and_a_resumed_one_hold_what_they_should(words, tmp_path, name):
     devices = {"a": "weather", "b": "light", "c": "action"}
+    if name == "single_cluster":  # one mean of all B: ranks must be alike, and light has another one
+        devices.pop("b")
     one, other = (run(words, tmp_path / x, name, devices=devices) for x in "xy")
     for key, slice_ in one["a"].held.slices.items():
         for layer, values in slice_.values.items():
