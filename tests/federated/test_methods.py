@@ -185,9 +185,9 @@ class Stopped(Exception):
 @pytest.mark.parametrize("wire", [EXACT, {"full": "int8", "delta": "int4"}], ids=["values", "differences"])
 @pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full", "single_cluster", "lori"])
 def test_a_resumed_run_is_the_uninterrupted_one(words, tmp_path, monkeypatch, name, wire):
-    """Stopped between two devices of the third of four rounds; three times a partner, so that clusters form."""
+    """Stopped between two devices in the third of four rounds, after an exchange that all of them were in."""
     how = {"devices": dict.fromkeys("abc", "weather") | {"d": "action"}, "rounds": 4, "updates": 1, "wire": wire}
-    how["limits"] = {"collision": 1.0}
+    how["limits"] = {"collision": 1.0}  # else two of a task would not meet again once masks are counted
     one, train, count = run(words, tmp_path / "whole", name, **how), Peer.train, []
 
     def stops(self):
@@ -227,26 +227,31 @@ def test_whole_masks_cost_a_checkpoint_nothing(words, tmp_path):
     assert fresh.local.block.task == EVERYONE
 
 
-def test_a_run_that_keeps_nothing_ends_as_one_that_does(words, tmp_path):
+@pytest.mark.parametrize(("name", "most"), [("ours", 2), ("ffa", 1)])
+def test_a_run_that_keeps_nothing_ends_as_one_that_does(words, tmp_path, name, most):
     """Also the device that was killed comes back; and activations of an earlier run serve another one."""
     how = {"devices": {"a": "weather", "b": "action"}, "rounds": 3, "limits": {"collision": 1.0}}
     how["faults"] = [{"what": "kill", "who": ["b"], "rounds": [1, 1]}]
-    one = run(words, tmp_path / "kept", "ours", **how)
-    s = settings(words, tmp_path / "bare", "ours", **how)
+    one = run(words, tmp_path / "kept", name, **how)
+    s = settings(words, tmp_path / "bare", name, **how)
     here = reader(s)
     below = FrozenPrefix(here, 2**24)
     other = simulate(s, silent=True, reader=here, prefix=below, keep=False)
     assert {p.name for p in (tmp_path / "bare").iterdir()} == {"metrics.jsonl", "federation.yaml"}
-    for name, peer in one.items():
-        assert other[name].prefix is below
-        assert content(other[name].held) == content(peer.held)
-        assert len(peer.held.slices) == 2
+    for who, peer in one.items():
+        assert other[who].prefix is below
+        assert content(other[who].held) == content(peer.held)
+        assert len(peer.held.slices) == most
 
 
-@pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full"])
-def test_one_adapter_for_all_is_not_packed(words, tmp_path, name):
-    with pytest.raises(ConfigError, match=f"pack: '{name}' holds one adapter for all tasks already"):
-        settings(words, tmp_path, name, pack=True)
+def test_a_run_that_keeps_nothing_packs_all_the_same(words, tmp_path):
+    """Two tasks of one rank whose masks meet: the packed device answers with means, not with what it was sent."""
+    how = {"devices": {"a": "weather", "b": "action"}, "rounds": 1, "limits": {"collision": 1.0}}
+    plain, packed = (run(words, tmp_path / str(pack), "ours", **how, pack=pack) for pack in (False, True))
+    s = settings(words, tmp_path / "bare", "ours", **how, pack=True)
+    bare = simulate(s, silent=True, reader=reader(s), keep=False)
+    assert not (tmp_path / "bare" / "packed").exists()
+    assert content(bare["a"].held) == content(packed["a"].held) != content(plain["a"].held)
 
 
 @pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full"])
