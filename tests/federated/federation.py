@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from contextlora.federated.aggregate import Update
-from contextlora.federated.slices import Mask, Slice
+from contextlora.federated.slices import A_SIDE, Mask, Slice
 
 SHAPES = {"l.0": (2, 5), "l.1": (2, 3)}
 D_IN = {"l.0": 4, "l.1": 6}
@@ -38,16 +38,15 @@ def updates(draw, tasks="ab", least=1, most=6, with_a=False, same_task=False):
     for name in names:
         task = tasks[0] if same_task else draw(st.sampled_from(tasks))
         samples, rate = draw(st.integers(1, 1000)), draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
-        a = projections(rng) if with_a else None
-        made.append(Update(name, sparse(task, rng, rate), samples, 1, draw(st.sampled_from("xy")), a))
+        shapes = {**SHAPES, **{k + A_SIDE: (s[0], D_IN[k]) for k, s in SHAPES.items()}} if with_a else SHAPES
+        made.append(Update(name, sparse(task, rng, rate, shapes), samples, 1, draw(st.sampled_from("xy"))))
     return made
 
 
 def content(held):
     """All that a device holds, to the bit."""
-    a = {k: v.tobytes() for k, v in (held.a or {}).items()}
     slices = {
         key: (s.task, {k: (m.indices.tobytes(), s.values[k].tobytes()) for k, m in s.masks.items()})
         for key, s in held.slices.items()
     }
-    return held.choice, list(slices), slices, a
+    return held.choice, list(slices), slices

@@ -36,6 +36,16 @@ def test_options_of_the_mean_reach_the_strategy():
         ({"mean": {"clip": 0}}, r"mean\.clip"),
         ({"mean": {"lairs": 1}}, r"unknown key\. Did you mean 'liars'"),
         ({"pack": True, "aggregate": "paper_mean"}, r"pack: 'paper_mean' holds one B"),
+        ({"pack": True, "aggregate": "ffa"}, r"pack: 'ffa' holds one adapter for all tasks already"),
+        (
+            {"mean": {"clip": 2.0}, "aggregate": "fedavg_lora"},
+            r"'fedavg_lora' does not take it; ours would",
+        ),
+        ({"mean": {"liars": 1}, "aggregate": "lori"}, r"mean\.liars: 'lori' does not take it; ours would"),
+        (
+            {"mean": {"by_samples": True}, "aggregate": "single_cluster"},
+            r"does not take it; .*full, lori",
+        ),
         ({"pack": 1}, r"pack: should"),
     ],
 )

@@ -62,6 +62,24 @@ def test_a_mask_arrives_once_then_values():
     assert (box.accepted, dict(box.refused)) == (2, {})
 
 
+def test_without_differences_neither_end_holds_values():
+    out, box = Outbox(KEY, "r1", "math", full=Codec.BF16, delta=None), inbox(differences=False)
+    box.open(out.announce(mask(), SIZES, version=1, round=0))
+    for round_ in range(3):
+        message = out.send(values(round_), version=round_ + 2, round=round_)
+        out.acknowledged(round_ + 2)
+        got = box.open(message)
+        assert (got.header.kind, got.header.base) == (Kind.VALUES, 0)
+        np.testing.assert_allclose(got.content, values(round_), rtol=2**-8)
+    assert (out.base, out.sent, box.slices["north", "math"].versions) == (None, None, {})
+    refused(box, message, "E628")
+    other = Outbox(KEY, "r1", "math", full=Codec.BF16)
+    other.announce(mask(), SIZES, version=9, round=9)
+    other.send(values(), version=10, round=9)
+    other.acknowledged(10)
+    refused(box, other.send(values(1), version=11, round=9), "E630")
+
+
 @pytest.mark.parametrize("full", Codec)
 @pytest.mark.parametrize("delta", Codec)
 def test_every_pair_of_codecs_stays_within_its_bound(full, delta):

@@ -35,7 +35,7 @@ def test_shipped_recipes_are_whole(name: str, tmp_path: Path):
     first = Path(str(SHIPPED / f"{name}.yaml")).read_text().splitlines()[0]
     assert first.startswith(f"# contextlora report {name} --preset laptop")
     for preset in ("smoke", "laptop", "gpu"):
-        given = ["scenarios=[city]"] if name == "rad" else []
+        given = ["scenarios=[city]"] if name == "rad" or name.startswith("so-lora") else []
         recipe = load_recipe(name, preset, given)
         jobs = expand(recipe)
         cells = math.prod(map(len, recipe.sweep.values()))

@@ -17,16 +17,15 @@ from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from contextlora.errors import PeerError, did_you_mean
 from contextlora.federated.means import mean, over
 from contextlora.federated.once import Sharing, alone
 from contextlora.federated.robust import clipped, trimmed_mean
-from contextlora.federated.slices import Layer, Slice
+from contextlora.federated.slices import Slice
 
+Choice = Literal["gate", "oracle", "sum"]
 EVERYONE = "everyone"  # the task in whose name methods with one block for all tasks derive their A
-Projections = Mapping[Layer, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Update:
         samples: the device trained on, N_j.
         version: counts up with every update of this sender.
         cluster: the sender's, where the strategy keeps clusters apart.
-        a: A by layer, (r, d_in), of methods that train it; None where it comes from the shared seed.
     """
 
     sender: str
@@ -46,11 +44,9 @@ class Update:
     samples: int = 1
     version: int = 0
     cluster: str = ""
-    a: Projections | None = None
 
     def __post_init__(self) -> None:
-        arrays = [*self.slice.values.items(), *(self.a or {}).items()]
-        odd = [layer for layer, v in arrays if not np.isfinite(v).all()]
+        odd = [layer for layer, v in self.slice.values.items() if not np.isfinite(v).all()]
         if odd:  # one of them would spoil every mean it enters
             raise PeerError("E613", f"'{self.sender}' sent values that are not finite", where=odd[0])
         if self.samples < 1:
@@ -64,12 +60,10 @@ class Held:
     Attributes:
         slices: by cluster ("" where clusters do not matter) and task; B of each, whose A is that of its task.
         choice: "gate" (routing, eq. 26 to 29), "oracle" (the input's true task) or "sum" (all of them, always).
-        a: the learnt A that takes the seed's place; None where A is frozen.
     """
 
     slices: Mapping[tuple[str, str], Slice] = field(default_factory=dict)
-    choice: Literal["gate", "oracle", "sum"] = "gate"
-    a: Projections | None = None
+    choice: Choice = "gate"
 
 
 Strategy = Callable[[Update, Sequence[Update], Held], Held]
@@ -142,6 +136,18 @@ def lori_cat(
     return replace(ours(own, arrived, held, by_samples=by_samples, once=once), choice="sum")
 
 
+def lori(
+    own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = False, once: Sharing = alone
+) -> Held:
+    """LoRI as published: what `lori_cat` does, of adapters that are LoRI's own.
+
+    Not the aggregation but the adapters differ from `lori_cat`: A is an independent Gaussian for each task instead of
+    orthogonal blocks, and B's mask is the largest |B| of a whole trial training over all layers together (LoRI-S)
+    instead of SO-LoRA's gradients and entropies. See `methods`.
+    """
+    return lori_cat(own, arrived, held, by_samples=by_samples, once=once)
+
+
 def local(own: Update, arrived: Sequence[Update], held: Held) -> Held:
     """Nobody's but the device's own."""
     return Held({("", own.slice.task): own.slice}, "sum")
@@ -176,15 +182,10 @@ def fedavg_lora(own: Update, arrived: Sequence[Update], held: Held, *, by_sample
 
         A = sum_j a_j A_j,  B = sum_j a_j B_j,  a_j = N_j / sum N over those that arrived
 
-    The mean of products is not the product of means, eq. 13: that is what this baseline is there to show.
+    The mean of products is not the product of means, eq. 13: that is what this baseline is there to show. A travels as
+    its difference to what the shared seed gives; since the weights sum to one, its mean is the mean of A.
     """
-    updates = _round(own, arrived)
-    weights = [u.samples if by_samples else 1 for u in updates]
-    known = [u.a for u in updates if u.a is not None]
-    if len(known) < len(updates) or any(a.keys() != known[0].keys() for a in known):
-        raise PeerError("E612", "fedavg_lora averages A too: every update must bring A of the same layers")
-    a = {layer: _weighted([k[layer] for k in known], weights, layer) for layer in sorted(known[0])}
-    return replace(ffa(own, arrived, held, by_samples=by_samples), a=a)
+    return _one_for_all(own, arrived, by_samples)
 
 
 def ffa(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = True) -> Held:
@@ -192,6 +193,15 @@ def ffa(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool 
 
     Where A is the same, the mean of the products is the product with the mean. A mask's missing entries count as zero.
     """
+    return _one_for_all(own, arrived, by_samples)
+
+
+def full(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool = True) -> Held:
+    """Full fine-tuning: the weights themselves averaged, as FedAvg does; they travel as differences to the base."""
+    return _one_for_all(own, arrived, by_samples)
+
+
+def _one_for_all(own: Update, arrived: Sequence[Update], by_samples: bool) -> Held:
     updates = _round(own, arrived)
     weights = [u.samples if by_samples else 1 for u in updates]
     merged = mean([u.slice for u in updates], weights, counted=False)
@@ -199,8 +209,16 @@ def ffa(own: Update, arrived: Sequence[Update], held: Held, *, by_samples: bool 
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    f.__name__: f for f in (ours, paper_mean, fedavg_lora, ffa, lori_cat, single_cluster, local, hard_routing)
+    f.__name__: f
+    for f in (ours, paper_mean, fedavg_lora, ffa, full, lori, lori_cat, single_cluster, local, hard_routing)
 }
+
+
+def choice_of(name: str) -> Choice:
+    """How inputs find their adapters under the strategy of that name."""
+    if name in ("ours", "paper_mean", "single_cluster"):
+        return "gate"
+    return "oracle" if name == "hard_routing" else "sum"
 
 
 def strategy(name: str, options: Mapping[str, Any] | None = None, once: Sharing = alone) -> Strategy:
@@ -210,15 +228,6 @@ def strategy(name: str, options: Mapping[str, Any] | None = None, once: Sharing 
     found = STRATEGIES[name]
     more = {**(options or {}), **({"once": once} if "once" in signature(found).parameters else {})}
     return partial(found, **more) if more else found
-
-
-def _weighted(arrays: Sequence[NDArray[np.float32]], weights: Sequence[float], layer: Layer) -> NDArray[np.float32]:
-    if len({a.shape for a in arrays}) != 1:
-        raise PeerError("E612", f"A of {sorted({a.shape for a in arrays})} cannot be averaged", where=layer)
-    total = np.zeros(arrays[0].shape)
-    for array, w in zip(arrays, weights, strict=True):
-        total += w * array.astype(np.float64)
-    return (total / sum(weights)).astype(np.float32)
 
 
 def _round(own: Update, arrived: Sequence[Update]) -> list[Update]:
@@ -241,7 +250,7 @@ def _round(own: Update, arrived: Sequence[Update]) -> list[Update]:
 def _content(u: Update) -> tuple[object, ...]:
     masks, values = u.slice.masks, u.slice.values
     sent = {layer: (masks[layer].indices.tobytes(), values[layer].tobytes()) for layer in masks}
-    return u.samples, u.cluster, sent, {layer: a.tobytes() for layer, a in (u.a or {}).items()}
+    return u.samples, u.cluster, sent
 
 
 def _by(updates: Sequence[Update], key: Callable[[Update], str]) -> dict[str, list[Update]]:

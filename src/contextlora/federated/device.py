@@ -233,5 +233,5 @@ def open_device(
     prefix = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     known = {peers[n].key: n for n in settings.devices}
     mine = shares(settings, identity.name)[identity.name]
-    planner = Planner(channel_of(settings), settings.limits, settings.radio.cast, say)
+    planner = Planner(channel_of(settings), settings.planned, settings.radio.cast, say)
     return Peer(identity.name, settings, reader, mine, identity.key, known, planner, prefix)

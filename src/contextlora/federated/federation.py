@@ -17,6 +17,19 @@ from contextlora.federated.settings import Limits, Radio
 from contextlora.gear.units import Seconds
 from contextlora.strict import Strict, read_yaml, validate
 
+SHARED = ("ffa", "fedavg_lora", "full")  # one adapter for all tasks
+Aggregate = Literal[
+    "ours",
+    "paper_mean",
+    "single_cluster",
+    "lori",
+    "lori_cat",
+    "hard_routing",
+    "local",
+    "ffa",
+    "fedavg_lora",
+    "full",
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -114,11 +127,12 @@ class Federation(Strict):
         updates: local updates in each round.
         exchange_every: rounds from one exchange between clusters to the next.
         train: hyperparameters; epochs do not count here, updates do.
-        aggregate: "ours", or a rival: "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local".
+        aggregate: "ours", or a rival: see `methods`.
         mean: how slices of one task are averaged.
         pack: at the end, store the adapters of a device's cluster as one dense B, if they collide no more than S_max.
         trace: a CSV of measured rates in the place of the radio model.
         wait: how long a real device waits for others in one slot; the deadline of `limits` is what planning counts.
+        max_samples: each device trains on so many of its examples, drawn by its name; None is all of them.
         devices: by name.
         faults: of a simulation.
     """
@@ -137,13 +151,14 @@ class Federation(Strict):
     slices: SliceConfig = SliceConfig()
     wire: WireConfig = WireConfig()
     gate: GateConfig = GateConfig()
-    aggregate: Literal["ours", "paper_mean", "single_cluster", "lori_cat", "hard_routing", "local"] = "ours"
+    aggregate: Aggregate = "ours"
     mean: MeanConfig = MeanConfig()
     pack: bool = False
     radio: Radio = Radio()
     limits: Limits = Limits()
     trace: str | None = None
     wait: Annotated[Seconds, Field(gt=0)] = 30.0
+    max_samples: Annotated[int, Field(ge=1)] | None = None
     devices: dict[Name, Device] = Field(min_length=1)
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
 
@@ -174,6 +189,8 @@ class Federation(Strict):
         if most <= 2 * self.mean.liars:
             text = f"{self.mean.liars} of a task cannot be outvoted by fewer than {2 * self.mean.liars + 1} devices"
             raise ValueError(f"mean.liars: {text}, but no task has more than {most}")
+        if self.pack and self.aggregate in SHARED:
+            raise ValueError(f"pack: '{self.aggregate}' holds one adapter for all tasks already")
         if self.pack and self.aggregate in ("paper_mean", "single_cluster"):
             raise ValueError(f"pack: '{self.aggregate}' holds one B for all tasks of a cluster already")
         return self
@@ -188,6 +205,16 @@ class Federation(Strict):
     def graph_path(self) -> Path:
         """Where the graph is read from."""
         return Path(self.graph) if self.graph else Path(self.data) / "graph.yaml"
+
+    @property
+    def planned(self) -> Limits:
+        """What clusters are planned under: S_max keeps tasks' masks apart, and has no meaning for rivals without any.
+
+        Nor for LoRI, which ties its devices to no collision rate, and for a single cluster, which is to hold all.
+        """
+        if self.aggregate in (*SHARED, "lori", "single_cluster"):
+            return self.limits.model_copy(update={"collision": 1.0})
+        return self.limits
 
     @property
     def total_updates(self) -> int:

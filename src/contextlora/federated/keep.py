@@ -26,7 +26,7 @@ from contextlora.federated.local import Local
 from contextlora.federated.mailbox import Holding
 from contextlora.federated.peer import Peer
 from contextlora.federated.post import Heard, Post
-from contextlora.federated.slices import Mask, Slice
+from contextlora.federated.slices import Mask, Slice, complete
 from contextlora.federated.taskgate import TaskMean
 from contextlora.training import checkpoint
 
@@ -119,7 +119,7 @@ def tensors_of(peer: Peer) -> Tensors:
 def restore(peer: Peer, tensors: Mapping[str, Tensor]) -> None:
     """Takes back what `parts_of` gave."""
     facts = _facts(tensors["facts"])
-    peer.start(Local.of_tensors(peer.task, _below(tensors, LOCAL)))
+    peer.start(Local.of_tensors(peer.owner, _below(tensors, LOCAL)))
     peer.round, peer.said, peer.rates = facts["round"], facts["said"], facts["rates"]
     slices: dict[tuple[str, str], Tensors] = {}
     for key, t in _below(tensors, HELD).items():
@@ -262,19 +262,23 @@ def _facts(t: Tensor) -> Any:
 
 
 def _of_slice(slice_: Slice) -> Tensors:
-    """A slice in three tensors: its layers and their shapes, a bit for each entry, the active ones' values."""
-    layers = [(layer, *mask.shape) for layer, mask in slice_.masks.items()]
-    bits = np.concatenate([mask.bitmap() for mask in slice_.masks.values()])
-    values = np.concatenate([slice_.values[layer] for layer, *_ in layers])
-    return {"layers": _tensor(_json(layers)), "bits": torch.from_numpy(bits), "values": torch.from_numpy(values)}
+    """A slice in three tensors: layers, their shapes and whether all is active, else a bit an entry, active values."""
+    layers = [(layer, *mask.shape, mask.whole) for layer, mask in slice_.masks.items()]
+    bits = [np.empty(0, np.uint8) if mask.whole else mask.bitmap() for mask in slice_.masks.values()]
+    values = [slice_.values[layer] for layer, *_ in layers]
+    return {
+        "layers": _tensor(_json(layers)),
+        "bits": torch.from_numpy(np.concatenate(bits)),
+        "values": torch.from_numpy(np.concatenate(values)),
+    }
 
 
 def _slice(task: str, parts: Tensors) -> Slice:
     layers = _facts(parts["layers"])
-    ends = np.cumsum([-(-rows * width // 8) for _, rows, width in layers])[:-1]
+    ends = np.cumsum([0 if whole else -(-rows * width // 8) for _, rows, width, whole in layers])[:-1]
     masks = {
-        layer: Mask.of_bitmap((rows, width), bits)
-        for (layer, rows, width), bits in zip(layers, np.split(parts["bits"].numpy(), ends), strict=True)
+        layer: complete((rows, width)) if whole else Mask.of_bitmap((rows, width), bits)
+        for (layer, rows, width, whole), bits in zip(layers, np.split(parts["bits"].numpy(), ends), strict=True)
     }
     values = np.split(parts["values"].numpy(), np.cumsum([len(m.indices) for m in masks.values()])[:-1])
     return Slice(task, masks, dict(zip(masks, values, strict=True)))

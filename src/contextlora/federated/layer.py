@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,13 +18,32 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from contextlora.errors import PeerError
-from contextlora.federated.projection import projection
+from contextlora.federated.projection import independent, projection
 from contextlora.federated.slices import Layer, Mask, Slice
-from contextlora.lora.attach import Make, graph_of, layers_of
+from contextlora.lora.attach import Make, adapted_layers, graph_of, layers_of
 from contextlora.lora.export import CONFIG, node, peft_files, peft_targets
 from contextlora.lora.folder import write_folder
 from contextlora.lora.gates import GateState
 from contextlora.lora.layer import GatedLinear
+
+
+class Part(Protocol):
+    """Something of a layer that learns and is sent: its B, its A, or its weights."""
+
+    def shape(self, owner: str) -> tuple[int, int]:
+        """Of what `owner` has of it."""
+
+    def active(self, owner: str) -> Mask:
+        """The entries that learn here."""
+
+    def owned(self, owner: str) -> list[nn.Parameter]:
+        """What is open of it now."""
+
+    def values(self, owner: str, mask: Mask) -> NDArray[np.float32]:
+        """What it holds in the entries of `mask`."""
+
+    def load(self, owner: str, values: NDArray[np.float32], learns: Mask) -> None:
+        """Makes it these values, of which `learns` may learn."""
 
 
 class SparseLinear(GatedLinear):
@@ -32,9 +52,11 @@ class SparseLinear(GatedLinear):
     Attributes:
         mask: (R, d_out), True where an entry of B may learn on this device. B may hold more: what devices with the
             same task and other masks have trained is used, but neither trained nor sent from here.
+        orthogonal: blocks of A are so among tasks, else independent Gaussians, as LoRI has them.
     """
 
     mask: Tensor
+    orthogonal = True
 
     def __init__(
         self, base: nn.Module, state: GateState, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
@@ -46,7 +68,7 @@ class SparseLinear(GatedLinear):
     def reset(self, task: str, seed: int) -> None:
         """Gives a task's block its first values: A from the shared seed, B zero."""
         rows = self.graph.block(task)
-        first = projection(self.graph, self.name, self.in_features, seed)
+        first = (projection if self.orthogonal else independent)(self.graph, self.name, self.in_features, seed)
         self.A[rows.start : rows.stop] = first[rows.start : rows.stop].to(self.A)
         self.B[rows.start : rows.stop] = 0
 
@@ -97,6 +119,14 @@ class SparseLinear(GatedLinear):
 
     # --- slices ------------------------------------------------------------------------------------------------------
 
+    def parts(self) -> Mapping[Layer, Part]:
+        """What learns of it, by the name it is sent under."""
+        return {self.name: self}
+
+    def shape(self, task: str) -> tuple[int, int]:
+        """r and d_out of a task's B."""
+        return self.graph.rank_of(task), self.out_features
+
     def active(self, task: str) -> Mask:
         """M of eq. 3: the entries of a task's B, (r, d_out), that learn here."""
         rows = self.graph.block(task)
@@ -106,6 +136,8 @@ class SparseLinear(GatedLinear):
     def values(self, task: str, mask: Mask) -> NDArray[np.float32]:
         """What a task's B holds in the entries of `mask`, (n,)."""
         b = self.block(task)[1].detach().reshape(-1).cpu()
+        if mask.whole:
+            return b.float().numpy().copy()
         return b[torch.from_numpy(mask.indices)].float().numpy()
 
     @torch.no_grad()
@@ -120,6 +152,29 @@ class SparseLinear(GatedLinear):
 def layers(seed: int, dtype: torch.dtype = torch.float32) -> Make:
     """What `attach` needs to put sparse layers on a model; all devices of a federation share the seed."""
     return layers_of(SparseLinear, seed=seed, dtype=dtype)
+
+
+class GaussianLinear(SparseLinear):
+    """A sparse layer whose blocks of A are independent of one another, as LoRI draws them."""
+
+    orthogonal = False
+
+
+def gaussian_layers(seed: int) -> Make:
+    """What `attach` needs to put LoRI's layers on a model."""
+    return layers_of(GaussianLinear, seed=seed)
+
+
+def learning_parts(model: nn.Module) -> dict[Layer, Part]:
+    """All of a model that a device trains and sends, by name. Raises PeerError E605 for a plain model."""
+    found: dict[Layer, Part] = {}
+    for layer in adapted_layers(model).values():
+        parts = getattr(layer, "parts", None)
+        if parts is not None:
+            found |= parts()
+    if not found:
+        raise PeerError("E605", "the model has no sparse layers; attach(model, graph, make=layers(seed)) first")
+    return found
 
 
 def sparse_layers(model: nn.Module) -> dict[Layer, SparseLinear]:
@@ -141,7 +196,7 @@ def to_slice(model: nn.Module, task: str, masks: Mapping[Layer, Mask] | None = N
     Raises:
         PeerError: E605 for a model without sparse layers. ConfigError: E104 for an unknown task.
     """
-    found = sparse_layers(model)
+    found = learning_parts(model)
     masks = {path: layer.active(task) for path, layer in found.items()} if masks is None else dict(masks)
     return Slice(task, masks, {path: layer.values(task, masks[path]) for path, layer in found.items()})
 
@@ -158,7 +213,7 @@ def load_slice(model: nn.Module, slice_: Slice, learns: Mapping[Layer, Mask] | N
         PeerError: E605 for other layers or shapes than the model's, E606 while the task learns.
         ConfigError: E104 for an unknown task.
     """
-    found = sparse_layers(model)
+    found = learning_parts(model)
     learns = slice_.masks if learns is None else learns
     for masks in (slice_.masks, learns):
         _check_layers(found, slice_.task, masks)
@@ -168,9 +223,9 @@ def load_slice(model: nn.Module, slice_: Slice, learns: Mapping[Layer, Mask] | N
         layer.load(slice_.task, slice_.dense(path), learns[path])
 
 
-def _check_layers(found: Mapping[Layer, SparseLinear], task: str, masks: Mapping[Layer, Mask]) -> None:
+def _check_layers(found: Mapping[Layer, Part], task: str, masks: Mapping[Layer, Mask]) -> None:
     for path in sorted(found.keys() | masks.keys()):
-        wanted = (found[path].graph.rank_of(task), found[path].out_features) if path in found else None
+        wanted = found[path].shape(task) if path in found else None
         got = masks[path].shape if path in masks else None
         if got != wanted:
             raise PeerError("E605", f"'{task}' has a mask of shape {got} here, wanted {wanted}", where=path)

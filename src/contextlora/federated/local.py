@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +13,12 @@ from contextlora.config import TrainConfig
 from contextlora.data.collate import Batch, collate
 from contextlora.data.records import Example
 from contextlora.errors import PeerError
+from contextlora.federated.aggregate import EVERYONE
 from contextlora.federated.layer import load_slice, to_slice
 from contextlora.federated.slices import Layer, Mask, Slice
+from contextlora.graph import TaskGraph
 from contextlora.lora.attach import graph_of
-from contextlora.lora.sharing import Phase, along_graph
+from contextlora.lora.sharing import Phase, Sharing, along_graph
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.loop import Stage, learning_ends, task_samples
 from contextlora.training.prefix import FrozenPrefix
@@ -56,9 +57,9 @@ class Local:
         found = {"update": torch.tensor(self.update), **self.optimizer}
         for layer, mask in self.block.masks.items():
             found[f"shape|{layer}"] = torch.tensor(mask.shape)
-            found[f"holds|{layer}"] = torch.from_numpy(mask.indices)
+            found[f"holds|{layer}"] = torch.from_numpy(mask.kept())
             found[f"values|{layer}"] = torch.from_numpy(self.block.values[layer])
-            found[f"learns|{layer}"] = torch.from_numpy(self.learns[layer].indices)
+            found[f"learns|{layer}"] = torch.from_numpy(self.learns[layer].kept())
         return found
 
     @classmethod
@@ -67,7 +68,7 @@ class Local:
         layers = [name.removeprefix("shape|") for name in tensors if name.startswith("shape|")]
         masks = {
             kind: {
-                layer: Mask((int(rows), int(columns)), tensors[f"{kind}|{layer}"].numpy())
+                layer: Mask.of_kept((int(rows), int(columns)), tensors[f"{kind}|{layer}"].numpy())
                 for layer in layers
                 for rows, columns in [tensors[f"shape|{layer}"]]
             }
@@ -87,6 +88,7 @@ def local_run(
     updates: int,
     total: int,
     prefix: FrozenPrefix | None = None,
+    task: str | None = None,
 ) -> tuple[Local, list[float]]:
     """Some updates of one device's slice (SO-LoRA eq. 6): where it stands then, and the loss of each.
 
@@ -101,16 +103,18 @@ def local_run(
         updates: of this round.
         total: of all rounds, over which the learning rate warms up and decays.
         prefix: activations of layers below the lowest block, kept from round to round; None computes them each time.
+        task: whose samples it trains on, where the block is everyone's; None takes the block's own task.
 
     Raises:
         PeerError: E608 for updates beyond `total`, or nothing to learn. RunError: E510, E511, E515 as in training.
     """
-    model, task = reader.model, at.block.task
+    model, owner = reader.model, at.block.task
+    task = task or owner
     if not any(len(m.indices) for m in at.learns.values()):
         raise PeerError("E608", "has no active entry; calibrate it first", where=task)
     if at.update + updates > total:
         raise PeerError("E608", f"{updates} updates after {at.update}, but {total} in all", where=task)
-    phase = Phase(((task,),), along_graph(graph_of(model), 1.0))
+    phase = Phase(((task,),), sharing_of(graph_of(model), owner))
     load_slice(model, at.block, at.learns)
     losses: list[float] = []
     with learning_ends(model, phase.sharing):
@@ -120,8 +124,16 @@ def local_run(
         run.restore(dict(at.optimizer))
         for update in range(at.update, at.update + updates):
             losses += stage.update(update).values()
-    held = {layer: _either(mask, at.learns[layer]) for layer, mask in at.block.masks.items()}
-    return Local(to_slice(model, task, held), at.learns, at.update + updates, run.state()), losses
+    held = {layer: mask.either(at.learns[layer]) for layer, mask in at.block.masks.items()}
+    return Local(to_slice(model, owner, held), at.learns, at.update + updates, run.state()), losses
+
+
+def sharing_of(graph: TaskGraph, owner: str) -> Sharing:
+    """Which blocks are on: a task's own and its prerequisites', or everyone's alone, whatever the task."""
+    if owner != EVERYONE:
+        return along_graph(graph, 1.0)
+    learns = {EVERYONE: graph.rank_of(EVERYONE)}
+    return Sharing(dict.fromkeys(graph.names, (EVERYONE,)), dict.fromkeys(graph.names, learns))
 
 
 def first_batches(
@@ -131,7 +143,3 @@ def first_batches(
     order = Order((task,), task_samples(reader, examples, task, config.context, {}), config)
     parts = (part for update in range(order.total) for part in order.micro_batches(update))
     return [collate(part, reader.encoder.pad) for part in islice(parts, count)]
-
-
-def _either(one: Mask, other: Mask) -> Mask:
-    return Mask(one.shape, np.union1d(one.indices, other.indices))

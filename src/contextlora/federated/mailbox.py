@@ -46,7 +46,7 @@ class Outbox:
     Attributes:
         mask, counts: hash of the mask announced last, and its active entries in each layer.
         base: version and values that the next difference is against; None: the next message is whole.
-        sent: version and values of the last message, as receivers hold them.
+        sent: version and values of the last message, as receivers hold them, where there may be differences.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Outbox:
             held = decode(payload, self.counts, codec)
         what = (base, codec, held.size, self.mask, _state(held))
         message = seal(Header(kind, self.run, self.task, version, round, *what), payload, self.key)
-        self.sent = version, held
+        self.sent = (version, held) if self.delta is not None else None
         return message
 
     def acknowledged(self, version: int) -> None:
@@ -162,6 +162,7 @@ class Inbox:
         sizes: for each task, entries of B in each layer.
         limits: of any message.
         seen: what `seen` was before a restart, so that what was let in then is still a replay.
+        differences: whether senders may send any; if not, no values are held here to which they could be.
         once: shares what receivers of one process make of a message alike.
 
     Attributes:
@@ -178,10 +179,11 @@ class Inbox:
         sizes: Mapping[str, Sequence[int]],
         limits: Limits | None = None,
         seen: Mapping[tuple[str, str, str], tuple[int, int]] | None = None,
+        differences: bool = True,
         once: Sharing = alone,
     ):
         self.run, self.peers, self.sizes, self.limits = run_hash(run), peers, sizes, limits or Limits()
-        self._once = once
+        self.differences, self._once = differences, once
         self.refused: Counter[str] = Counter()
         self.accepted = 0
         self.seen = dict(seen or {})
@@ -250,6 +252,8 @@ class Inbox:
         )
         if state != header.state or not np.isfinite(values).all():
             raise PeerError("E632", "the values are not those that the sender expects here; ask for all", where=name)
+        if not self.differences:
+            return values
         keep = {} if base is None else {header.base: base}  # until a later base says that our answer has arrived
         held.versions = {**keep, header.version: values}
         return values

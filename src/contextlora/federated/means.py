@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from contextlora.errors import PeerError
-from contextlora.federated.slices import Layer, Mask, Slice
+from contextlora.federated.slices import Layer, Mask, Slice, complete
 
 
 def mean(slices: Sequence[Slice], weights: Sequence[float], *, counted: bool = True) -> Slice:
@@ -26,11 +26,11 @@ def mean(slices: Sequence[Slice], weights: Sequence[float], *, counted: bool = T
         total, present = np.full(shape[0] * shape[1], -0.0), np.zeros(shape[0] * shape[1])  # 0 + -0 would lose the sign
         for s, w in zip(slices, weights, strict=True):
             if layer in s.masks:
-                on = s.masks[layer].indices
+                on = slice(None) if s.masks[layer].whole else s.masks[layer].indices
                 total[on] += w * s.values[layer].astype(np.float64)
                 present[on] += w
-        on = np.flatnonzero(present)
-        masks[layer] = Mask(shape, on.astype(np.int64))
+        masks[layer] = complete(shape) if present.all() else Mask(shape, np.flatnonzero(present).astype(np.int64))
+        on = masks[layer].indices
         values[layer] = (total[on] / (present[on] if counted else sum(weights))).astype(np.float32)
     return Slice(slices[0].task, masks, values)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,13 +15,15 @@ from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.evaluate import answer, same_length
 from contextlora.evaluation.metrics import Accuracy, score
+from contextlora.federated.aggregate import EVERYONE
 from contextlora.federated.federation import Federation
-from contextlora.federated.layer import sparse_layers
+from contextlora.federated.layer import load_slice, sparse_layers
+from contextlora.federated.local import sharing_of
 from contextlora.federated.peer import Peer
 from contextlora.federated.routing import pooled_prompts, routed
 from contextlora.federated.taskgate import TaskGate, confusion
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import detached
+from contextlora.lora.attach import attached_state, detached
 
 Choice = Literal["gate", "oracle", "sum", "base"]
 PROMPTS = 16  # in one pass that only looks at them
@@ -81,15 +83,31 @@ def measure(peer: Peer, split: str, choice: Choice | None = None, limit: int | N
     found = questions(peer.settings, peer.reader.encoder.graph, split)
     asked = {t: found.get(t, [])[:limit] for t in peer.gate_means()}
     routes = where_prompts_go(peer, asked)
-    with _answering(peer, choice):
-        said = {t: answer(peer.reader, mine, t) for t, mine in asked.items() if mine}
-    right = {t: Accuracy.of([score(said[t][e.id], e.answers[t]) for e in asked[t]]) for t in said}
+    right = {t: Accuracy.of(list(s.values())) for t, s in scores(peer, asked, choice).items()}
     return Measured(choice, right, tuple(asked), routes)
+
+
+def scores(peer: Peer, asked: Mapping[str, list[Example]], choice: Choice) -> dict[str, dict[str, float]]:
+    """How right a device's answers are, by task and example, 0 to 1."""
+    with _answering(peer, choice):
+        found = {t: answer(peer.reader, mine, t) for t, mine in asked.items() if mine}
+    return {t: {e.id: score(found[t][e.id], e.answers[t]) for e in asked[t]} for t in found}
 
 
 @contextmanager
 def _answering(peer: Peer, choice: Choice) -> Iterator[None]:
     model, graph = peer.reader.model, peer.reader.encoder.graph
+    if choice == "base":
+        with detached(model):
+            yield
+        return
+    if (shared := peer.held.slices.get(("", EVERYONE))) is not None:  # the layers that trained it answer with it
+        load_slice(model, shared)
+        state = attached_state(model)
+        assert state is not None
+        state.sharing = sharing_of(state.graph, EVERYONE)
+        yield
+        return
     projections = {path: layer.A for path, layer in sparse_layers(model).items()}
 
     def project(task: str, layer: str) -> NDArray[np.float32]:
@@ -97,9 +115,6 @@ def _answering(peer: Peer, choice: Choice) -> Iterator[None]:
         return np.asarray(projections[layer][rows.start : rows.stop].float().cpu())
 
     with detached(model):
-        if choice == "base":
-            yield
-            return
         gate = gate_of(peer) if choice == "gate" else None
         held = replace(peer.held, choice=choice)
         with routed(model, graph, held, project, gate=gate, k=peer.settings.gate.ranks):

@@ -13,20 +13,19 @@ import numpy as np
 
 from contextlora.data.records import Example
 from contextlora.errors import PeerError
-from contextlora.federated.aggregate import Held, Update, strategy
-from contextlora.federated.calibration import calibrate
+from contextlora.federated.aggregate import Held, Update, choice_of, strategy
 from contextlora.federated.cluster import Clustering, Member
 from contextlora.federated.federation import Federation
-from contextlora.federated.layer import load_slice, sparse_layers
+from contextlora.federated.layer import learning_parts, load_slice
 from contextlora.federated.local import Local, first_batches, local_run
 from contextlora.federated.mailbox import Row, send_row
+from contextlora.federated.methods import first_local, owner_of
 from contextlora.federated.once import Sharing, alone
 from contextlora.federated.planner import Gateways, Planner
 from contextlora.federated.post import Post
 from contextlora.federated.protocol import Bundles, Slot
 from contextlora.federated.routing import pooled_prompts
-from contextlora.federated.slices import Layer, Mask, Slice
-from contextlora.federated.sparsity import first_slice
+from contextlora.federated.slices import Layer, Mask, Slice, zeros
 from contextlora.federated.table import Standing, mean_row, read_mean
 from contextlora.federated.taskgate import TaskMean
 from contextlora.federated.wire import Kind
@@ -45,7 +44,7 @@ class Peer:
     Args:
         name: of this device.
         settings: what all devices agree on.
-        reader: of a model with sparse layers; several peers of a simulation share it and take turns.
+        reader: of a model with the method's layers; several peers of a simulation share it and take turns.
         examples: this device's data.
         key: its own.
         known: names of all devices by public key.
@@ -55,6 +54,7 @@ class Peer:
 
     Attributes:
         round: the next one, or the one it is in.
+        owner: in whose name it trains: its task, or everyone.
         local: its own slice and optimizer.
         held: the adapters it has, its own among them.
         means: what the prompts of each device look like, by device.
@@ -83,12 +83,13 @@ class Peer:
         self.prefix = prefix if asked > len(examples) else None  # it pays from the second look at a sample on
         self.task = settings.devices[name].task
         self.others = tuple(n for n in sorted(settings.devices) if n != name)
-        self.layers = {path: layer.out_features for path, layer in sparse_layers(reader.model).items()}
-        graph = reader.encoder.graph
-        shapes = {t: {path: (graph.rank_of(t), width) for path, width in self.layers.items()} for t in graph.names}
+        self.owner, graph = owner_of(self.task, settings), reader.encoder.graph
+        self.layers = learning_parts(reader.model)
+        owners = {t: owner_of(t, settings) for t in graph.names}
+        shapes = {t: {la: part.shape(owner) for la, part in self.layers.items()} for t, owner in owners.items()}
         self.post = Post(name, settings, key, known, shapes, once)
         self.once, self.sizes = once, self.post.sizes
-        self.round, self.held, self.losses = 0, Held(), list[float]()
+        self.round, self.held, self.losses = 0, Held(choice=choice_of(settings.aggregate)), list[float]()
         self.said, self.rates = 0, dict[str, float]()
         self.table: dict[str, Standing] = {}
         self.fresh: dict[str, Update] = {}
@@ -100,14 +101,11 @@ class Peer:
     # --- its own slice -------------------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
-        """Lays out its own slice from the first mini-batches of its data (eq. 18 and 20 to 22)."""
+        """Lays out its own slice, of `ours` from the first mini-batches of its data (eq. 18 and 20 to 22)."""
         s = self.settings
         self._load_prerequisites()
+        self.start(first_local(self.reader, self.examples, self.task, s, self.prefix))
         batches = first_batches(self.reader, self.examples, self.task, s.train, s.slices.calibration)
-        found = calibrate(self.reader, self.task, batches, spectra=s.slices.allocation == "entropy")
-        total = max(1, round(s.slices.share * found.entries))
-        how = {"allocation": s.slices.allocation, "temperature": s.slices.temperature, "floor": s.slices.floor}
-        self.start(Local.first(first_slice(found, total, **how)))  # type: ignore[arg-type]
         pooled = [pooled_prompts(self.reader.model, self.reader.inputs(b), prompt=b.prompt) for b in batches]
         mean = TaskMean.of(np.concatenate(pooled))
         self.means[self.name] = read_mean(mean_row(mean), len(mean.mean), self.name)  # as the others have it
@@ -123,17 +121,18 @@ class Peer:
         self._load_prerequisites()
         done = min(self.round * s.updates, s.total_updates - s.updates)  # one that was away skips what it missed
         at = replace(self.local, update=max(done, self.local.update))
+        counts = {"updates": s.updates, "total": s.total_updates}
         self.local, self.losses = local_run(
-            self.reader, self.examples, at, s.train, updates=s.updates, total=s.total_updates, prefix=self.prefix
+            self.reader, self.examples, at, s.train, **counts, prefix=self.prefix, task=self.task
         )
 
     def _load_prerequisites(self) -> None:
         """Puts on the model what it has of them, or nothing: in a simulation others were there before."""
-        graph = self.reader.encoder.graph
-        for p in graph.prerequisites(self.task):
-            none = {la: Mask((graph.rank_of(p), width), np.empty(0, np.int64)) for la, width in self.layers.items()}
-            empty = Slice(p, none, dict.fromkeys(none, np.empty(0, np.float32)))
-            load_slice(self.reader.model, self.adapter(p) or empty)
+        if self.owner != self.task:
+            return  # one adapter for all tasks
+        for p in self.reader.encoder.graph.prerequisites(self.task):
+            none = {layer: Mask(shape, np.empty(0, np.int64)) for layer, shape in self.post.shapes[p].items()}
+            load_slice(self.reader.model, self.adapter(p) or zeros(p, none))
 
     def adapter(self, task: str) -> Slice | None:
         """What it would answer `task` with: its own cluster's adapter where clusters have one each."""
@@ -183,10 +182,13 @@ class Peer:
         self.gateways = self.planner.gateways(self.round, members, sizes) if self.exchanges else {}
 
     def _members(self) -> frozenset[Member]:
-        """The table as planning takes it: with masks as soon as its rows say that everyone there has everyone's."""
+        """The table as planning takes it: with masks as soon as its rows say that everyone there has everyone's.
+
+        Where one adapter is everyone's there is nothing to count: all its entries meet, as eq. 19 says.
+        """
         names, rows = self.table.keys(), self.table.items()
         alike = all(self.sizes[row.task] == self.sizes[self.task] for row in self.table.values())
-        known = alike and names - self.post.heard.keys() <= {self.name}
+        known = self.owner == self.task and alike and names - self.post.heard.keys() <= {self.name}
         known = known and all(names - row.have.keys() <= {n} for n, row in rows)
         mask = {n: self.post.packed(n, self.local.learns) for n in names} if known else dict.fromkeys(names, b"")
         return frozenset(row.member(n, self.sizes[row.task], mask[n]) for n, row in rows)
@@ -264,7 +266,7 @@ class Peer:
         own = Update(self.name, self.local.own, len(self.examples), self.round + 1, self.cluster)
         s = self.settings
         self.held = strategy(s.aggregate, s.mean.options, self.once)(own, list(self.fresh.values()), self.held)
-        block = self.adapter(self.task)
+        block = self.adapter(self.owner)
         assert block is not None
         self.local = replace(self.local, block=_with_room(block, self.local.learns))
         self.fresh = {}
@@ -275,7 +277,6 @@ def _with_room(block: Slice, learns: Mapping[Layer, Mask]) -> Slice:
     """The block with at least the entries that learn, zero where nothing is known of them."""
     masks, values = dict[Layer, Mask](), dict[Layer, Any]()
     for layer, mine in learns.items():
-        both = np.union1d(block.masks[layer].indices, mine.indices)
-        masks[layer] = Mask(mine.shape, both)
-        values[layer] = block.dense(layer).ravel()[both]
+        masks[layer] = block.masks[layer].either(mine)
+        values[layer] = block.dense(layer).ravel()[masks[layer].indices]
     return Slice(block.task, masks, values)

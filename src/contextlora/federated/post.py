@@ -17,7 +17,7 @@ from contextlora.federated.mailbox import Inbox, Message, Outbox
 from contextlora.federated.once import Sharing, alone
 from contextlora.federated.protocol import Bundles, unbundle
 from contextlora.federated.slices import Layer, Mask, Slice
-from contextlora.federated.wire import OVERHEAD, Kind, read_header
+from contextlora.federated.wire import OVERHEAD, Kind, Limits, read_header
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -44,7 +44,7 @@ class Post:
         settings: what all devices agree on.
         key: its own.
         known: names of all devices by public key.
-        shapes: of B in each layer, by task.
+        shapes: of what learns and is sent of each layer, by task.
         once: shares what several devices of one process would make alike.
 
     Attributes:
@@ -68,7 +68,8 @@ class Post:
         self.task = settings.devices[name].task
         full, delta = Codec[settings.wire.full.upper()], settings.wire.delta
         self.outbox = Outbox(key, settings.name, self.task, full=full, delta=Codec[delta.upper()] if delta else None)
-        self.inbox = Inbox(settings.name, known, self.sizes, once=once)
+        limits = Limits(payload=max(Limits.payload, 3 * max(map(sum, self.sizes.values()))))
+        self.inbox = Inbox(settings.name, known, self.sizes, limits, differences=delta is not None, once=once)
         self.heard: dict[str, Heard] = {}
         self.passed: dict[str, list[bytes]] = {}
         self.damaged: Counter[str] = Counter()
@@ -173,13 +174,12 @@ class Post:
         """A mask over all layers as one for each."""
 
         def make() -> dict[Layer, Mask]:
-            parts = np.split(np.asarray(bits), np.cumsum(self.sizes[task])[:-1])
+            parts = np.split(np.asarray(bits, bool), np.cumsum(self.sizes[task])[:-1])
             shapes = self.shapes[task].items()
-            return {la: Mask(s, np.flatnonzero(part)) for (la, s), part in zip(shapes, parts, strict=True)}
+            return {la: Mask.of_bits(s, part) for (la, s), part in zip(shapes, parts, strict=True)}
 
-        return self.once(("masks", id(bits), task), lambda: (bits, make()))[
-            1
-        ]  # with the bits, that the id stays theirs
+        # with the bits, that the id stays theirs
+        return self.once(("masks", id(bits), task), lambda: (bits, make()))[1]
 
     def _slice(self, heard: Heard, message: Message) -> Slice:
         def make() -> Slice:

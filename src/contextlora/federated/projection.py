@@ -43,6 +43,11 @@ def projection(graph: TaskGraph, layer: str, d_in: int, seed: int) -> Tensor:
     return _rows(seed, layer, tuple((t, graph.rank_of(t)) for t in graph.names), d_in)
 
 
+def independent(graph: TaskGraph, layer: str, d_in: int, seed: int) -> Tensor:
+    """A as LoRI draws it: an independent Gaussian block for each task, N(0, 1/d_in), (R, d_in) float64."""
+    return torch.cat([_gaussian(seed, layer, t, (graph.rank_of(t), d_in)) for t in graph.names])
+
+
 @lru_cache(maxsize=1)  # a layer asks for one block after another
 def _rows(seed: int, layer: str, ranks: tuple[tuple[str, int], ...], d_in: int) -> Tensor:
     rows = torch.zeros(sum(r for _, r in ranks), d_in, dtype=torch.float64)

@@ -93,9 +93,8 @@ def _blocks(graph: TaskGraph, held: Held, project: Project, layer: Layer) -> lis
     blocks = []
     for place, ((_, task), s) in enumerate(held.slices.items()):
         if layer in s.masks:
-            a = project(task, layer) if held.a is None else held.a[layer]
             scale = graph.scale_of(task) if task in graph.names else SCALE
-            blocks.append((place, torch.as_tensor(a), scale * torch.as_tensor(s.dense(layer))))
+            blocks.append((place, torch.as_tensor(project(task, layer)), scale * torch.as_tensor(s.dense(layer))))
     return blocks
 
 

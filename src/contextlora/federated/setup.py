@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 from contextlora.data.collate import Encoder
 from contextlora.data.records import Example, load_examples
 from contextlora.errors import ConfigError, did_you_mean
 from contextlora.federated.channel import Channel, RadioChannel
 from contextlora.federated.federation import Federation
-from contextlora.federated.layer import layers
+from contextlora.federated.methods import put_on
 from contextlora.federated.trace import MeasuredChannel
 from contextlora.graph import TaskGraph
-from contextlora.lora.attach import attach
 from contextlora.models import load_model
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.session import feature_folder
@@ -27,10 +28,9 @@ def graph_of_devices(settings: Federation) -> TaskGraph:
 
 
 def open_reader(settings: Federation, graph: TaskGraph) -> ImageFeatures:
-    """The base model with sparse layers: the same on every device."""
+    """The base model with the layers that the method trains: the same on every device."""
     model, processor = load_model(settings.model, dtype=settings.dtype)
-    where = {"layers": settings.train.layers, "targets": settings.train.targets}
-    attach(model, graph, make=layers(settings.seed), **where)  # type: ignore[arg-type]
+    put_on(model, graph, settings)
     encoder = Encoder(processor, graph)
     return ImageFeatures(model, encoder, feature_folder(model) if encoder.sees_images else None)
 
@@ -56,9 +56,18 @@ def shares(settings: Federation, only: str | None = None) -> dict[str, list[Exam
             continue
         if device.data is not None:
             mine = load_examples(device.data, graph, split="train")
-            found[name] = [e for e in mine if device.task in e.answers]
+            found[name] = _drawn([e for e in mine if device.task in e.answers], settings, name)
             continue
         common = load_examples(settings.data, graph, split="train") if common is None else common
         among = [n for n, d in settings.devices.items() if d.task == device.task and d.data is None]
-        found[name] = [e for e in common if device.task in e.answers][among.index(name) :: len(among)]
+        mine = [e for e in common if device.task in e.answers][among.index(name) :: len(among)]
+        found[name] = _drawn(mine, settings, name)
     return found
+
+
+def _drawn(mine: list[Example], settings: Federation, name: str) -> list[Example]:
+    """`max_samples` of a device's examples, in their order; the same under every seed."""
+    if settings.max_samples is None or settings.max_samples >= len(mine):
+        return mine
+    drawn = random.Random(f"{settings.name}|{name}").sample(range(len(mine)), settings.max_samples)
+    return [mine[i] for i in sorted(drawn)]

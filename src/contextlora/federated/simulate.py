@@ -49,6 +49,8 @@ def simulate(
     force: bool = False,
     silent: bool = False,
     reader: ImageFeatures | None = None,
+    prefix: FrozenPrefix | None = None,
+    keep: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Peer]:
     """Runs a federation's rounds; keeps its devices and the metrics of each round in `settings.out`.
@@ -58,7 +60,9 @@ def simulate(
         resume: go on after the last round that was kept, to the very bytes of a run that was not interrupted.
         force: throw away what an earlier run has left in `settings.out`.
         silent: no table of rounds on the terminal.
-        reader: of a model with sparse layers of these tasks, instead of one that is opened here.
+        reader: of a model with the method's layers (`methods.put_on`), instead of one that is opened here.
+        prefix: activations below those layers, kept from other runs over the same base; None keeps this run's own.
+        keep: write checkpoints, without which nothing resumes, and adapters.
         say: told of what a user should know.
 
     Returns:
@@ -72,17 +76,19 @@ def simulate(
     refuse_a_second_run(out, again=resume or force)
     kept = load_all(out / KEPT, run_of(settings)) if resume else Kept()
     reader, channel, once = reader or open_reader(settings, graph), channel_of(settings), Once()
-    planner, hub = Planner(channel, settings.limits, settings.radio.cast, say), Hub(settings, channel)
+    planner, hub = Planner(channel, settings.planned, settings.radio.cast, say), Hub(settings, channel)
     keys = {name: simulated_key(settings, name) for name in settings.devices}
     known = {public_key(key): name for name, key in keys.items()}
-    prefix, data = FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30)), shares(settings)
+    data = shares(settings)
+    below = prefix or FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
     peers: dict[str, Peer] = {}
     told: dict[str, Counter[str]] = {}
 
     def start(name: str) -> Rounds:
         """A device that begins, or that comes back: after a kill without what it knew of others."""
         before = tensors_of(peers[name]) if name in peers else kept.devices.pop(name, None)
-        peer = Peer(name, settings, reader, data[name], keys[name], known, planner, prefix, once)
+        peer = Peer(name, settings, reader, data[name], keys[name], known, planner, below, once)
+        peer.prefix = prefix or peer.prefix
         if before is None:
             peer.calibrate()
         else:
@@ -104,9 +110,10 @@ def simulate(
             numbers = standing(round_, peers, there, traffic, channel, told)
             told.update({name: peers[name].post.refused for name in there})
             watch.log(round_, numbers)  # first: a round that was kept has its line
-            devices: dict[str, Any] = {**kept.devices, **{n: parts_of(p) for n, p in peers.items()}}
-            devices |= {n: devices[n] | known_of(peers[n].post) for n in there}
-            save_all(out / KEPT, run_of(settings), Kept(round_ + 1, devices, hub.late))
+            if keep:
+                devices: dict[str, Any] = {**kept.devices, **{n: parts_of(p) for n, p in peers.items()}}
+                devices |= {n: devices[n] | known_of(peers[n].post) for n in there}
+                save_all(out / KEPT, run_of(settings), Kept(round_ + 1, devices, hub.late))
             once.forget()
             show(round_, numbers)
 
@@ -114,7 +121,7 @@ def simulate(
     for name in sorted(settings.devices.keys() - peers.keys()):  # with nothing left to do
         start(name)
     for name, peer in sorted(peers.items()):
-        deliver(peer, out / "adapters" / name, out / "packed" / f"{name}.safetensors", say)
+        deliver(peer, out / "adapters" / name, out / "packed" / f"{name}.safetensors", say, keep=keep)
     return peers
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from contextlora.errors import PeerError
 
-Layer = str  # a linear's path in the model
+Layer = str  # a linear's path in the model; with A_SIDE behind it, that of an A which learns too
+A_SIDE = ".A"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,31 @@ class Mask:
         """s_l, the share of active entries (eq. 4)."""
         return len(self.indices) / self.size
 
+    @property
+    def whole(self) -> bool:
+        """Whether every entry is active."""
+        return len(self.indices) == self.size
+
+    def either(self, other: Mask) -> Mask:
+        """Active where one of the two is."""
+        if self.whole or other.whole:
+            return complete(self.shape)
+        return Mask(self.shape, np.union1d(self.indices, other.indices))
+
+    @classmethod
+    def of_bits(cls, shape: tuple[int, int], bits: NDArray[np.bool_]) -> Mask:
+        """Active where `bits` (size,) says so."""
+        return complete(shape) if bits.all() else cls(shape, np.flatnonzero(bits).astype(np.int64))
+
+    def kept(self) -> NDArray[np.int64]:
+        """For a checkpoint: its indices, or -1 for all entries, of which eight bytes each would be too much."""
+        return np.array([-1]) if self.whole and self.size else self.indices
+
+    @classmethod
+    def of_kept(cls, shape: tuple[int, int], kept: NDArray[np.int64]) -> Mask:
+        """Takes back what `kept` gave."""
+        return complete(shape) if len(kept) == 1 and kept[0] < 0 else cls(shape, kept)
+
     def bitmap(self) -> NDArray[np.uint8]:
         """One bit an entry, most significant first, (ceil(size / 8),)."""
         bits = np.zeros(self.size, np.uint8)
@@ -56,6 +83,17 @@ class Mask:
         if len(bitmap) != -(-size // 8) or bits[size:].any():
             raise PeerError("E601", f"a bitmap of {len(bitmap)} bytes for {size} entries")
         return cls(shape, np.flatnonzero(bits[:size]).astype(np.int64))
+
+
+@lru_cache(maxsize=4096)
+def complete(shape: tuple[int, int]) -> Mask:
+    """The mask of all entries, one object for each shape: eight bytes an entry are much where all entries learn."""
+    return Mask(shape, np.arange(shape[0] * shape[1], dtype=np.int64))
+
+
+def zeros(task: str, masks: Mapping[Layer, Mask]) -> Slice:
+    """A slice with nothing learnt yet."""
+    return Slice(task, masks, {layer: np.zeros(len(m.indices), np.float32) for layer, m in masks.items()})
 
 
 @dataclass(frozen=True)
@@ -88,5 +126,5 @@ class Slice:
         """B of one layer, (r, d_out)."""
         mask = self.masks[layer]
         b = np.zeros(mask.size, np.float32)
-        b[mask.indices] = self.values[layer]
+        b[slice(None) if mask.whole else mask.indices] = self.values[layer]
         return b.reshape(mask.shape)

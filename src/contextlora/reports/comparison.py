@@ -15,6 +15,12 @@ from contextlora.reports.views import sections
 
 COUNTED = {
     "trained_parameters": ("trained parameters", 0),
+    "sent_parameters": ("parameters a message", 0),
+    "sent_bytes": ("bytes a device and round", 0),
+    "joules": ("J a round", 4),
+    "heard": ("share heard", 3),
+    "collision": ("worst cluster's collision rate, counted", 3),
+    "routed": ("routed right", 3),
     "updates": ("updates of a parameter", 0),
     "samples": ("samples seen", 0),
     "train_seconds": ("training, s", 1),

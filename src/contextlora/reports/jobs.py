@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -15,9 +15,10 @@ from contextlora.config import TrainConfig
 from contextlora.data.records import data_hash
 from contextlora.data.scenes import SCENARIOS, VERSION, scenario_graph
 from contextlora.errors import ConfigError, DataError, did_you_mean
+from contextlora.federated.federation import Federation
 from contextlora.graph import TaskGraph
 from contextlora.reports.kinds import KINDS
-from contextlora.reports.recipe import Arm, Recipe
+from contextlora.reports.recipe import FEDERATIONS, Arm, Recipe, merged
 from contextlora.strict import validate
 
 # Of a result's file and of what is measured: raise it with every change that makes old results wrong, and with every
@@ -61,6 +62,7 @@ class Job:
         base: names the aligned base model, shared by all jobs that may use it.
         id: names the result. Cells that cannot differ, such as an untrained model's under two seeds, share one.
         poisoned: of `measure: repair`, the task whose answers are shuffled.
+        federation: of measures of federations, the keys of its YAML, and `devices`, `questions` and `alone`.
     """
 
     arm: str
@@ -75,6 +77,7 @@ class Job:
     base: str
     id: str
     poisoned: str | None = None
+    federation: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def title(self) -> str:
@@ -114,7 +117,8 @@ def unique(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Data) -> Job:
-    settings = {**recipe.train.model_dump(exclude_unset=True), **arm.overrides(), **dict(point), "seed": seed}
+    of_training = {k: v for k, v in point if k != "devices"}
+    settings = {**recipe.train.model_dump(exclude_unset=True), **arm.overrides(), **of_training, "seed": seed}
     config = validate(TrainConfig, settings, f"arms.{name}")
     graph = _graph(data.graph, arm)
     model = arm.model or recipe.model
@@ -125,6 +129,9 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
         what["version"] = version
     if recipe.measure == "inference":  # times differ from round to round, whatever is timed
         what["seed"] = seed
+    federation = _federation(recipe, arm, point) if recipe.measure in FEDERATIONS else {}
+    if federation:
+        what["federation"] = federation
     poisoned = _poisoned(recipe, data, config) if recipe.measure == "repair" else None
     if poisoned is not None:
         what["poisoned"] = poisoned
@@ -138,8 +145,16 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
             "graph": graph.to_dict(),
             "train": config.model_dump(exclude_defaults=True, exclude={"checkpoint_every"}),
         }
-    job = Job(name, point, seed, data, arm.kind, config, graph, path, model, base, short(what), poisoned)
+    job = Job(name, point, seed, data, arm.kind, config, graph, path, model, base, short(what), poisoned, federation)
     return job if arm.kind == "trained" else replace(job, graph=data.graph)
+
+
+def _federation(recipe: Recipe, arm: Arm, point: Point) -> dict[str, Any]:
+    """What a job's federation is made of. Raises ConfigError E103 for keys that no federation has."""
+    keys = merged(recipe.federation, arm.federation)
+    validate(Federation, {**keys, "devices": {"device": "task"}}, "federation")
+    devices = dict(point).get("devices", recipe.devices)
+    return {**keys, "devices": devices, "questions": recipe.questions, "alone": arm.alone}
 
 
 def _poisoned(recipe: Recipe, data: Data, config: TrainConfig) -> str:

@@ -53,6 +53,7 @@ class Kind:
     version: int = 1
 
 
+_SMALL, _PLAIN = Style(100, 2, higher=False), Style(1, 3, higher=True)
 _SHARE, _SECONDS = Style(100, 1, higher=True), Style(1, 3, higher=False)
 KINDS: Mapping[str, Kind] = {
     "accuracy": Kind("accuracy", "accuracy", _SHARE, arms=("trained", "zero_shot", "answers")),
@@ -66,6 +67,10 @@ KINDS: Mapping[str, Kind] = {
         version=2,
     ),
     "masks": Kind("accuracy", "accuracy", _SHARE, part="masked", whole="nothing"),
+    "federated": Kind("accuracy", "accuracy", _SHARE, arms=("trained", "zero_shot")),
+    "layers": Kind("share", "share of B that learns", _SHARE, part="what", whole="budget"),
+    "collisions": Kind("rate", "collision rate", _SMALL, part="devices", whole="all"),
+    "radio": Kind("value", "value", _PLAIN, part="what", whole="reached"),
     "repair": Kind("accuracy", "accuracy", _SHARE, part="step", whole="clean", costs="Of the clean training. "),
     "mechanism": Kind(
         "loss",

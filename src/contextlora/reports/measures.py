@@ -19,7 +19,9 @@ from contextlora.errors import DataError, did_you_mean
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.evaluation.metrics import score
 from contextlora.graph import TaskGraph
+from contextlora.reports.airtime import radio
 from contextlora.reports.bench import Bench, forget_peak, levels, machine, peak_memory, trained
+from contextlora.reports.federations import collisions, federated, layers
 from contextlora.reports.jobs import FORMAT, Job
 from contextlora.reports.probes import Measured, Scores, inference, masks, mechanism, repair
 from contextlora.strict import Strict
@@ -129,5 +131,9 @@ MEASURES: Mapping[str, Callable[[Bench, Job], Measured]] = {
     "inference": inference,
     "masks": masks,
     "repair": repair,
+    "federated": federated,
+    "layers": layers,
+    "collisions": collisions,
+    "radio": radio,
     "mechanism": mechanism,
 }

@@ -19,7 +19,8 @@ from contextlora.strict import Strict, read_yaml, validate
 SHIPPED = resources.files("contextlora") / "recipes"
 SHARED = "_shared.yaml"
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
-Measure = Literal["accuracy", "inference", "masks", "repair", "mechanism"]
+Measure = Literal["accuracy", "inference", "masks", "repair", "mechanism", "federated", "layers", "collisions", "radio"]
+FEDERATIONS = ("federated", "layers", "collisions", "radio")  # measures of federations
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -42,6 +43,8 @@ class Arm(TrainConfig):
             {"id": example's id, "answers": {task: [options]}}; "{scenario}" in its path is the scenario's name.
         ranks: r_v of tasks, where they are not the graph's.
         prerequisites: which of its ancestors a task builds on, where it is not the graph's rule.
+        federation: keys of a federation that it changes, as in its YAML; `aggregate` is the method.
+        alone: each task is trained by a device that hears of nobody, and asked of it.
     """
 
     model: str | None = None
@@ -49,6 +52,8 @@ class Arm(TrainConfig):
     answers: str | None = None
     ranks: dict[str, Rank] = Field(default_factory=dict)
     prerequisites: Literal["direct", "all"] | None = None
+    federation: dict[str, Any] = Field(default_factory=dict)
+    alone: bool = False
 
     @model_validator(mode="after")
     def _one_kind(self) -> Arm:
@@ -85,7 +90,10 @@ class Preset(Strict):
         data: sizes of drawn scenarios; a data folder is used as it is.
         train: overrides of TrainConfig that all arms share.
         scenarios: names of drawn scenarios, or data folders.
-        sweep: keys of TrainConfig, each with the values it takes; all combinations are run.
+        federation: of measures of federations: keys of their YAML. Data, model, training and devices come from here.
+        devices: how many there are; the i-th has task i modulo the number of tasks.
+        questions: of each task that are asked, drawn once; None asks all.
+        sweep: keys of TrainConfig, each with the values it takes; all combinations are run. Of federations, `devices`.
         seeds: how many; they are 0, 1, ...
         arms: what is compared, by the name it is shown under. The first is ours: differences are ours minus each other.
             A list takes arms from recipes/_shared.yaml by name; a preset changes keys of those that are there.
@@ -98,6 +106,9 @@ class Preset(Strict):
     align: AlignConfig = AlignConfig(epochs=0)
     train: TrainConfig = TrainConfig()
     scenarios: Names = ()
+    federation: dict[str, Any] = Field(default_factory=dict)
+    devices: Annotated[int, Field(ge=1, le=1000)] = 4
+    questions: Annotated[int, Field(ge=1)] | None = None
     sweep: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(default_factory=dict)
     seeds: Annotated[int, Field(ge=1, le=100)] = 5
     arms: dict[str, Arm] = Field(default_factory=dict)
@@ -116,6 +127,8 @@ class Preset(Strict):
             if key == "seed":
                 raise ValueError("seed: the recipe's `seeds` counts them")
             for point in points:
+                if key == "devices" and isinstance(point, int) and point > 0:
+                    continue
                 try:
                     validate(TrainConfig, {key: point})
                 except ConfigError as e:
@@ -131,7 +144,8 @@ class _Comparison(Preset):
         paper: which figure or table of the paper it makes again.
         measure: "accuracy" (share of right answers), "inference" (seconds for one batch), "masks" (accuracy with one
             block masked), "repair" (accuracy before, with and after one task's poisoned answers) or "mechanism" (losses
-            and gradients that explain a result).
+            and gradients that explain a result). Of federations: "federated" (share of right answers), "layers"
+            (entropy and budget of every layer), "collisions" (rates by number of devices) or "radio".
         poisoned: of `repair`, the task whose training answers are shuffled, by scenario or by a data folder's name.
         split: what is measured on.
         read: the tasks that tables and figure show: all, or the last of the graph. results.csv has all of them.
@@ -152,6 +166,13 @@ class _Comparison(Preset):
     def _lines_need_a_sweep(self) -> _Comparison:
         if self.figure == "lines" and not self.sweep:
             raise ValueError("figure: lines run over a sweep, and there is none; use bars")
+        return self
+
+    @model_validator(mode="after")
+    def _federations_are_measured_as_such(self) -> _Comparison:
+        given = bool(self.federation) or "devices" in self.sweep or any(a.federation for a in self.arms.values())
+        if given and self.measure not in FEDERATIONS:
+            raise ValueError(f"federation, devices: only for measure {', '.join(FEDERATIONS)}")
         return self
 
     @model_validator(mode="after")
@@ -210,7 +231,7 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
         text = f"no preset '{preset}'.{did_you_mean(preset, written.presets)} There are: {', '.join(written.presets)}"
         raise ConfigError("E115", text, where=path)
     home = path.parent if str(path) == str(name) else Path()
-    data: Any = _at_home(_merged(raw, raw.pop("presets")[preset]), home)
+    data: Any = _at_home(merged(raw, raw.pop("presets")[preset]), home)
     arms = data["arms"]
     for text in overrides:
         data = override(data, text)
@@ -257,7 +278,7 @@ def _with_shared(raw: Any, path: Path) -> Any:
     mine = raw.get("presets", {})
     if not isinstance(mine, dict):
         return raw
-    presets = {p: _merged(shared["presets"].get(p, {}), mine.get(p) or {}) for p in {**shared["presets"], **mine}}
+    presets = {p: merged(shared["presets"].get(p, {}), mine.get(p) or {}) for p in {**shared["presets"], **mine}}
     for p in presets.values():
         p["arms"] = {n: arm for n, arm in p.get("arms", {}).items() if n in raw.get("arms", {})}
     return {**raw, "presets": presets}
@@ -271,13 +292,13 @@ def _arm(known: Mapping[str, Any], name: Any, path: Path) -> Any:
     return known[name]
 
 
-def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """`one` with what `other` sets, mappings key by key; a sweep or a set of arms is replaced as a whole."""
-    merged = dict(one)
+    found = dict(one)
     for key, value in other.items():
-        deep = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "sweep"
-        merged[key] = _merged(merged[key], value) if deep else value
-    return merged
+        deep = isinstance(value, dict) and isinstance(found.get(key), dict) and key != "sweep"
+        found[key] = merged(found[key], value) if deep else value
+    return found
 
 
 def _at_home(data: dict[str, Any], home: Path) -> dict[str, Any]:

@@ -21,6 +21,12 @@ from contextlora.reports.store import Store
 ALL = "mean of tasks"
 COSTS = (
     "trained_parameters",
+    "sent_parameters",
+    "sent_bytes",
+    "joules",
+    "heard",
+    "collision",
+    "routed",
     "updates",
     "samples",
     "train_seconds",
@@ -244,7 +250,7 @@ def _rows(findings: Findings, job: Job, result: Result) -> Iterable[dict[str, An
             if scores:
                 value = {kind.unit: sum(scores.values()) / len(scores), "items": len(scores)}
                 costs = {c: cost.get(c, "") for c in COSTS}
-                yield {**of_job, "task": task, **result["graph"][task], **named, **value, **costs}
+                yield {**of_job, "task": task, **result["graph"].get(task, {}), **named, **value, **costs}
 
 
 def as_data(findings: Findings) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Hub:
         return arrived
 
     def _transmit(self, sender: str, to: tuple[str, ...], data: bytes, slot: Slot) -> tuple[tuple[str, ...], float]:
-        turns = 1 if self.settings.radio.cast == "broadcast" else len(to)
+        turns = min(1, len(to)) if self.settings.radio.cast == "broadcast" else len(to)
         self.traffic.bytes[slot] += turns * len(data)
         if slot == "rows":
             return to, 0.0

@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 
 from contextlora.reports.grids import Section
 from contextlora.reports.tables import Findings
-from contextlora.reports.views import accuracy, inference, masks, mechanism, repair
+from contextlora.reports.views import accuracy, federations, inference, masks, mechanism, repair
 
 VIEWS: Mapping[str, Callable[[Findings], list[Section]]] = {
     "accuracy": accuracy.sections,
     "inference": inference.sections,
     "masks": masks.sections,
     "repair": repair.sections,
+    "federated": federations.federated,
+    "layers": federations.layers,
+    "collisions": federations.collisions,
+    "radio": federations.radio,
     "mechanism": mechanism.sections,
 }
 
