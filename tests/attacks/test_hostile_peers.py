@@ -12,8 +12,8 @@ import pytest
 
 from contextlora.federated.chunks import split, transfer_id
 from contextlora.federated.fabric.transfers import CHUNK
-from contextlora.federated.identity import load_identity, load_peers, save_peers
-from peers import SPACE, enroll, fabric, meet, message_of, raw_session, receive_all, until
+from contextlora.federated.identity import enroll_here, load_identity, load_peers, save_peers
+from peers import SPACE, fabric, meet, message_of, raw_session, receive_all, until
 
 zenoh = pytest.importorskip("zenoh")
 
@@ -35,7 +35,7 @@ def resident():
 @pytest.fixture
 def pair(tmp_path):
     """ant and bee, who have met; cat is enrolled as they are, and up to the test."""
-    enroll(tmp_path, ["ant", "bee", "cat"])
+    enroll_here(tmp_path, ["ant", "bee", "cat"])
     ant, bee = fabric(tmp_path, "ant"), fabric(tmp_path, "bee")
     meet(ant, bee)
     yield tmp_path, ant, bee
@@ -50,8 +50,8 @@ def still_works(ant, bee, round_=0):
 
 def test_another_authoritys_bee_is_not_let_in(tmp_path):
     """She has the same name and even the true bee's message key in her list; the authority is her own."""
-    enroll(tmp_path / "ours", ["ant", "bee"])
-    enroll(tmp_path / "hers", ["ant", "bee"])
+    enroll_here(tmp_path / "ours", ["ant", "bee"])
+    enroll_here(tmp_path / "hers", ["ant", "bee"])
     ours, hers = (load_peers(tmp_path / whose / "peers.yaml") for whose in ("ours", "hers"))
     mixed = tmp_path / "hers" / "mixed.yaml"
     save_peers(mixed, [ours["ant"], hers["bee"]])
@@ -67,7 +67,7 @@ def test_another_authoritys_bee_is_not_let_in(tmp_path):
 
 @pytest.mark.parametrize("how", ["no certificate", "no TLS"])
 def test_without_a_certificate_nobody_gets_in(tmp_path, how):
-    enroll(tmp_path, ["ant", "bee"])
+    enroll_here(tmp_path, ["ant", "bee"])
     with fabric(tmp_path, "ant") as ant:
         if how == "no TLS":
             config = {"mode": "peer", "scouting": {"multicast": {"enabled": False}}}
@@ -81,9 +81,9 @@ def test_without_a_certificate_nobody_gets_in(tmp_path, how):
 
 
 def test_one_who_is_certified_but_not_listed_gets_nothing(tmp_path):
-    enroll(tmp_path, ["ant", "dog"])
+    enroll_here(tmp_path, ["ant", "dog"])
     full = load_peers(tmp_path / "peers.yaml")
-    enroll(tmp_path, ["bee"])
+    enroll_here(tmp_path, ["bee"])
     bee = load_peers(tmp_path / "peers.yaml")["bee"]
     save_peers(tmp_path / "peers.yaml", [full["ant"], bee])
     save_peers(tmp_path / "all.yaml", [*full.values(), bee])

@@ -43,7 +43,7 @@ def conversation():
 
 def held(box):
     """All that an inbox knows, as bytes."""
-    return pickle.dumps((box.seen, box._slices, box.accepted))
+    return pickle.dumps((box.seen, box.slices, box.accepted))
 
 
 def outsider(rng, messages):

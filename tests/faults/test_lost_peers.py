@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from peers import enroll, fabric, meet, message_of, until
+from contextlora.federated.identity import enroll_here
+from peers import fabric, meet, message_of, until
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -27,7 +28,7 @@ LATE = 1.5  # seconds after a deadline, likewise; a link to a frozen peer is hel
 @pytest.fixture
 def fleet(tmp_path):
     """ant and bee in this process, cat in her own; all have met."""
-    enroll(tmp_path, ["ant", "bee", "cat"])
+    enroll_here(tmp_path, ["ant", "bee", "cat"])
     ant, bee = fabric(tmp_path, "ant"), fabric(tmp_path, "bee")
     started = []
 

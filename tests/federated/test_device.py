@@ -78,9 +78,12 @@ def test_three_processes_end_with_the_bytes_of_the_simulation(home):
         finished(w)
     peers = simulate(load_federation(home / "federation.yaml"), silent=True, reader=tiny_reader())
     assert there(home, "ant") == [3] * 4
-    for r in lines(home, "ant"):
+    rounds = lines(home, "ant")
+    for r in rounds:
         assert r["arrived"] == r["awaited"] > 0
-        assert min(r["bytes"]["slices"], r["received"]["slices"]) > 300, "each way a signed message at least"
+        assert r["received"]["slices"] > 300, "a signed message at least"
+    sent = sum(sum(r["bytes"].values()) for r in rounds)  # what goes out late is told in a later slot
+    assert sent > 300 * len(rounds)
     for name, peer in peers.items():
         real = json.loads((home / f"{name}.json").read_text())
         assert real["held"] == fingerprint(peer.held), name
