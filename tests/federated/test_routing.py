@@ -17,6 +17,7 @@ from contextlora.federated.routing import RoutedLinear, pooled_prompts, routed, 
 from contextlora.federated.slices import Mask, Slice
 from contextlora.federated.taskgate import TaskGate, TaskMean
 from contextlora.lora.attach import adapted_layers, attach, attached_state, decoder_layers, gated_layers, going_on
+from tiny_llava import save_tiny_llava
 
 GRAPH = tiny.graph()
 RANKS = {"weather": 4, "light": 3, "action": 4}
@@ -313,3 +314,29 @@ def test_a_batch_that_goes_on_from_other_prompts_is_refused(model, gate):
         cache.batch_select_indices(torch.tensor([0, 1, 1]))
         with pytest.raises(RunError, match="E501 a batch of 3 samples goes on from 2"):
             model(prompts("weather", 3, length=1), past_key_values=cache)
+
+
+def test_a_picture_s_tokens_do_not_count(tmp_path):
+    """Only words are averaged, and a pass within `routed` reads the very same."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(save_tiny_llava(tmp_path)).eval()
+    words = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+    ids = torch.cat([torch.full((2, 4), model.config.image_token_id), words], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = model.model.language_model.layers[0].input_layernorm(model.get_input_embeddings()(words))
+    pooled = pooled_prompts(model, {**inputs, "pixel_values": pictures})
+    np.testing.assert_allclose(pooled, first.mean(1).numpy(), rtol=1e-5, atol=1e-6)
+
+    names = ("weather", "light")
+    gate = TaskGate({t: TaskMean.of(np.stack([p, p + 0.01])) for t, p in zip(names, pooled, strict=True)})
+    layer = f"{decoder_layers(model)[0]}.0.self_attn.q_proj"
+    slices = {
+        ("", t): Slice(t, {layer: Mask((4, 16), np.arange(4))}, {layer: np.ones(4, np.float32)}) for t in sorted(names)
+    }
+    with routed(model, GRAPH, Held(slices, "gate"), lambda task, _: np.ones((4, 16), np.float32), gate=gate) as router:
+        model(**inputs, pixel_values=pictures)
+        columns = [gate.tasks.index(t) for t in router.tasks]
+        np.testing.assert_allclose(router.gates.numpy(), gate.gates(pooled)[:, columns], rtol=1e-5, atol=1e-6)

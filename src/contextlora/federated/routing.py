@@ -63,7 +63,7 @@ def routed(
     missing = [t for t in tasks if gate is None or t not in gate.tasks] if held.choice == "gate" else []
     if missing:
         raise PeerError("E618", f"no mean of the prompts of '{missing[0]}': a gate cannot find its adapter")
-    router = Router(tasks, held.choice, gate, _tap(model, depth), _together(graph, tasks))
+    router = Router(tasks, held.choice, gate, _tap(model, depth), _together(graph, tasks), _image_token(model))
 
     def make(found: Mapping[str, nn.Module], state: GateState) -> dict[str, RoutedLinear]:
         layers = dict.fromkeys(layer for s in held.slices.values() for layer in s.masks)
@@ -74,11 +74,15 @@ def routed(
 
     attach(model, graph, make=make)
     decoder = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
-    hook = decoder.register_forward_pre_hook(router.look, with_kwargs=True)
+    hooks = [
+        model.register_forward_pre_hook(router.read, with_kwargs=True),
+        decoder.register_forward_pre_hook(router.look, with_kwargs=True),
+    ]
     try:
         yield router
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         detach(model)
 
 
@@ -109,20 +113,35 @@ class Router:
 
     state: GateState
 
-    def __init__(self, tasks: Sequence[str], choice: str, gate: TaskGate | None, tap: nn.Module, together: Tensor):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        choice: str,
+        gate: TaskGate | None,
+        tap: nn.Module,
+        together: Tensor,
+        image: int | None = None,
+    ):
         self.tasks, self.choice, self.gate, self.tap, self.together = tuple(tasks), choice, gate, tap, together
+        self.image = image
+        self._ids: Tensor | None = None
         self.gates: Tensor | None = None
+
+    def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model runs: which of a prompt's tokens are words; the decoder is given no ids beside pictures."""
+        self._ids = kwargs.get("input_ids", args[0] if args else None)
 
     def look(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the decoder runs: decides the gates if the pass begins with prompts."""
-        past = kwargs.get("past_key_values")
+        past, ids, self._ids = kwargs.get("past_key_values"), self._ids, None
         if self.gate is None or self.choice != "gate" or (past is not None and past.get_seq_length()):
             return
         self.gates = None  # the base model looks at the prompts
         alone = {**kwargs, "past_key_values": None, "use_cache": False}
         now = self.state.current
         mask = kwargs.get("attention_mask") if now is None or now.prompt is None else now.prompt
-        pooled = _mean_over(mask, _entering(self.tap, lambda: decoder.forward(*args, **alone)))
+        words = _words(mask, ids, self.image)
+        pooled = _mean_over(words, _entering(self.tap, lambda: decoder.forward(*args, **alone)))
         columns = [self.gate.tasks.index(t) for t in self.tasks]
         self.gates = self._spread(torch.from_numpy(self.gate.gates(pooled)[:, columns]))
 
@@ -225,7 +244,8 @@ def pooled_prompts(
     """What the gate reads of a batch of prompts, (prompts, d): one layer's input averaged over the tokens.
 
     It is the input of the layer's first linear, behind its norm: the stream between the layers is ruled by a few
-    outliers that all prompts have in common, and does not tell tasks apart.
+    outliers that all prompts have in common, and does not tell tasks apart. A picture's own tokens do not count: there
+    are more of them than words, and every task may be asked about the same picture.
 
     Args:
         model: outside any task; not within `routed`.
@@ -234,7 +254,20 @@ def pooled_prompts(
         prompt: (prompts, tokens) True where a token counts, if not as in the attention mask.
     """
     hidden = _entering(_tap(model, depth), lambda: model(**{**inputs, "use_cache": False}))
-    return _mean_over(inputs.get("attention_mask") if prompt is None else prompt, hidden)
+    counts = inputs.get("attention_mask") if prompt is None else prompt
+    return _mean_over(_words(counts, inputs.get("input_ids"), _image_token(model)), hidden)
+
+
+def _image_token(model: nn.Module) -> int | None:
+    """What stands for a picture's tokens in a prompt; None of a text model."""
+    return getattr(model.config, "image_token_id", None)
+
+
+def _words(counts: Tensor | None, ids: Tensor | None, image: int | None) -> Tensor | None:
+    """`counts` (prompts, tokens) without a picture's tokens."""
+    if ids is None or image is None:
+        return counts
+    return ids != image if counts is None else counts.to(ids.device).bool() & (ids != image)
 
 
 def _tap(model: nn.Module, depth: int | None) -> nn.Module:
