@@ -221,7 +221,7 @@ def test_ctrl_c_on_several_processes(recipe: Path, tmp_path: Path):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "error E514" in said
     assert "Traceback" not in said
