@@ -215,7 +215,8 @@ def test_ctrl_c_on_several_processes(recipe: Path, tmp_path: Path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from contextlora.cli import main; main()", "report", str(recipe)]
     command += ["--preset", "smoke", "--out", str(out), "--processes", "2", "--set", "train.epochs=500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  jobs that a shell starts with & ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     for _ in range(1200):
         if any(p.stat().st_size for p in out.glob("work/*/metrics.jsonl")):  # an update is done
             break
