@@ -26,7 +26,7 @@ from contextlora.federated.local import Local
 from contextlora.federated.mailbox import Holding
 from contextlora.federated.peer import Peer
 from contextlora.federated.post import Heard, Post
-from contextlora.federated.slices import Mask, Slice, complete
+from contextlora.federated.slices import Mask, Slice
 from contextlora.federated.taskgate import TaskMean
 from contextlora.training import checkpoint
 
@@ -58,7 +58,7 @@ def refuse_a_second_run(out: Path, *, again: bool) -> None:
         return
     if any((out / name).is_dir() for name in ("adapter", "adapters")):
         raise RunError("E521", "holds a finished federation; use another `out`, or --force", where=out)
-    if any((out / KEPT).glob("[0-9]*-[0-9]*")):
+    if checkpoint.left_in(out / KEPT):
         text = "holds an interrupted federation; go on with --resume, or throw it away with --force"
         raise RunError("E522", text, where=out)
 
@@ -262,9 +262,9 @@ def _facts(t: Tensor) -> Any:
 
 
 def _of_slice(slice_: Slice) -> Tensors:
-    """A slice in three tensors: layers, their shapes and whether all is active, else a bit an entry, active values."""
-    layers = [(layer, *mask.shape, mask.whole) for layer, mask in slice_.masks.items()]
-    bits = [np.empty(0, np.uint8) if mask.whole else mask.bitmap() for mask in slice_.masks.values()]
+    """A slice in three tensors: layers and their shapes, a bit an entry, active values."""
+    layers = [(layer, *mask.shape) for layer, mask in slice_.masks.items()]
+    bits = [mask.bitmap() for mask in slice_.masks.values()]
     values = [slice_.values[layer] for layer, *_ in layers]
     return {
         "layers": _tensor(_json(layers)),
@@ -275,10 +275,10 @@ def _of_slice(slice_: Slice) -> Tensors:
 
 def _slice(task: str, parts: Tensors) -> Slice:
     layers = _facts(parts["layers"])
-    ends = np.cumsum([0 if whole else -(-rows * width // 8) for _, rows, width, whole in layers])[:-1]
+    ends = np.cumsum([-(-rows * width // 8) for _, rows, width in layers])[:-1]
     masks = {
-        layer: complete((rows, width)) if whole else Mask.of_bitmap((rows, width), bits)
-        for (layer, rows, width, whole), bits in zip(layers, np.split(parts["bits"].numpy(), ends), strict=True)
+        layer: Mask.of_bitmap((rows, width), bits)
+        for (layer, rows, width), bits in zip(layers, np.split(parts["bits"].numpy(), ends), strict=True)
     }
     values = np.split(parts["values"].numpy(), np.cumsum([len(m.indices) for m in masks.values()])[:-1])
     return Slice(task, masks, dict(zip(masks, values, strict=True)))

@@ -57,9 +57,9 @@ class Local:
         found = {"update": torch.tensor(self.update), **self.optimizer}
         for layer, mask in self.block.masks.items():
             found[f"shape|{layer}"] = torch.tensor(mask.shape)
-            found[f"holds|{layer}"] = torch.from_numpy(mask.kept())
+            found[f"holds|{layer}"] = torch.from_numpy(mask.bitmap())
             found[f"values|{layer}"] = torch.from_numpy(self.block.values[layer])
-            found[f"learns|{layer}"] = torch.from_numpy(self.learns[layer].kept())
+            found[f"learns|{layer}"] = torch.from_numpy(self.learns[layer].bitmap())
         return found
 
     @classmethod
@@ -68,7 +68,7 @@ class Local:
         layers = [name.removeprefix("shape|") for name in tensors if name.startswith("shape|")]
         masks = {
             kind: {
-                layer: Mask.of_kept((int(rows), int(columns)), tensors[f"{kind}|{layer}"].numpy())
+                layer: Mask.of_bitmap((int(rows), int(columns)), tensors[f"{kind}|{layer}"].numpy())
                 for layer in layers
                 for rows, columns in [tensors[f"shape|{layer}"]]
             }

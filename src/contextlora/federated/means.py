@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from contextlora.errors import PeerError
-from contextlora.federated.slices import Layer, Mask, Slice, complete
+from contextlora.federated.slices import Layer, Mask, Slice
 
 
 def mean(slices: Sequence[Slice], weights: Sequence[float], *, counted: bool = True) -> Slice:
@@ -29,7 +29,7 @@ def mean(slices: Sequence[Slice], weights: Sequence[float], *, counted: bool = T
                 on = slice(None) if s.masks[layer].whole else s.masks[layer].indices
                 total[on] += w * s.values[layer].astype(np.float64)
                 present[on] += w
-        masks[layer] = complete(shape) if present.all() else Mask(shape, np.flatnonzero(present).astype(np.int64))
+        masks[layer] = Mask.of_bits(shape, present > 0)
         on = masks[layer].indices
         values[layer] = (total[on] / (present[on] if counted else sum(weights))).astype(np.float32)
     return Slice(slices[0].task, masks, values)
@@ -47,8 +47,7 @@ def over(below: Slice | None, above: Slice) -> Slice:
             if layer in s.masks:
                 dense[s.masks[layer].indices] = s.values[layer]
                 present[s.masks[layer].indices] = True
-        on = np.flatnonzero(present)
-        masks[layer], values[layer] = Mask(shape, on.astype(np.int64)), dense[on]
+        masks[layer], values[layer] = Mask.of_bits(shape, present), dense[present]
     return Slice(above.task, masks, values)
 
 

@@ -97,7 +97,7 @@ class Post:
         """
         last, version, messages = self.heard.get(self.name), round_ + 1, list[bytes]()
         if last is None or None in have:
-            mask = np.concatenate([_bits(own.masks[layer]) for layer in self.shapes[self.task]])
+            mask = np.concatenate([own.masks[layer].bits() for layer in self.shapes[self.task]])
             announced = self.outbox.announce(mask, self.sizes[self.task], version=version, round=round_)
             last = Heard(self.task, own.masks, announced)
             messages.append(announced)
@@ -189,9 +189,3 @@ class Post:
 
         content = message.content
         return self.once(("slice", id(content), id(heard.masks)), lambda: (content, heard.masks, make()))[2]
-
-
-def _bits(mask: Mask) -> Bits:
-    bits = np.zeros(mask.size, bool)
-    bits[mask.indices] = True
-    return bits

@@ -60,20 +60,15 @@ class Mask:
         """Active where `bits` (size,) says so."""
         return complete(shape) if bits.all() else cls(shape, np.flatnonzero(bits).astype(np.int64))
 
-    def kept(self) -> NDArray[np.int64]:
-        """For a checkpoint: its indices, or -1 for all entries, of which eight bytes each would be too much."""
-        return np.array([-1]) if self.whole and self.size else self.indices
-
-    @classmethod
-    def of_kept(cls, shape: tuple[int, int], kept: NDArray[np.int64]) -> Mask:
-        """Takes back what `kept` gave."""
-        return complete(shape) if len(kept) == 1 and kept[0] < 0 else cls(shape, kept)
+    def bits(self) -> NDArray[np.bool_]:
+        """Whether each entry is active, (size,)."""
+        bits = np.zeros(self.size, bool)
+        bits[self.indices] = True
+        return bits
 
     def bitmap(self) -> NDArray[np.uint8]:
         """One bit an entry, most significant first, (ceil(size / 8),)."""
-        bits = np.zeros(self.size, np.uint8)
-        bits[self.indices] = 1
-        return np.packbits(bits)
+        return np.packbits(self.bits())
 
     @classmethod
     def of_bitmap(cls, shape: tuple[int, int], bitmap: NDArray[np.uint8]) -> Mask:
@@ -82,7 +77,7 @@ class Mask:
         bits = np.unpackbits(bitmap)
         if len(bitmap) != -(-size // 8) or bits[size:].any():
             raise PeerError("E601", f"a bitmap of {len(bitmap)} bytes for {size} entries")
-        return cls(shape, np.flatnonzero(bits[:size]).astype(np.int64))
+        return cls.of_bits(shape, bits[:size].astype(bool))
 
 
 @lru_cache(maxsize=4096)

@@ -214,7 +214,7 @@ def refuse_a_second_run(config: RunConfig, plan: Plan, me: str, *, again: bool) 
         again: resume, or throw away; should some devices be told so and others not, what the others hold counts.
     """
     trained = RunFolder(config.out).has_adapter and not again
-    begun = any(RunFolder(Path(config.out) / me).checkpoints.rglob("[0-9]*-[0-9]*")) and not again
+    begun = RunFolder(Path(config.out) / me).interrupted and not again
     held = [torch.zeros(2, dtype=torch.long) for _ in range(dist.get_world_size())]
     dist.all_gather(held, torch.tensor([trained, begun], dtype=torch.long))
     for code, what, kept in (("E521", "a trained adapter", 0), ("E522", "an interrupted run", 1)):

@@ -77,6 +77,11 @@ def _write(part: Path, checkpoint: Checkpoint) -> None:
         sync(path)
 
 
+def left_in(folder: Path) -> bool:
+    """Whether a run has left checkpoints in a folder, or below it."""
+    return any(folder.rglob("[0-9]*-[0-9]*"))
+
+
 def load_latest(folder: Path, run: str) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None. Raises RunError E520 if it belongs to another run."""
     return next(load_all(folder, run), None)

@@ -26,6 +26,7 @@ from contextlora.evaluation.evaluate import Evaluation
 from contextlora.evaluation.metrics import score
 from contextlora.graph import TaskGraph
 from contextlora.lora.folder import existing
+from contextlora.training.checkpoint import left_in
 
 SAMPLES = 6
 
@@ -57,7 +58,7 @@ class RunFolder:
     @property
     def interrupted(self) -> bool:
         """Whether a training has left checkpoints here."""
-        return any(self.checkpoints.glob("[0-9]*-[0-9]*"))
+        return left_in(self.checkpoints)
 
     def refuse_a_second_run(self, config: RunConfig, tasks: Sequence[str] | None, *, resume: bool, force: bool) -> None:
         """Raises RunError E521 or E522 where training would throw away what is here."""
