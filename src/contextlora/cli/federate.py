@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from contextlora.cli.options import Json, Part, Set
+from contextlora.cli.shared import emit, warn
 
 Force = Annotated[bool, typer.Option("--force", help="Throw away what an earlier run has left in `out`.")]
 
@@ -53,7 +54,7 @@ def simulate(
     settings = load_federation(config, tuple(overrides or ()))
     if split is not None:
         questions(settings, graph_of_devices(settings), split.value)  # what cannot be asked is told before the rounds
-    peers = run_rounds(settings, resume=resume, force=force, silent=as_json, say=_warn)
+    peers = run_rounds(settings, resume=resume, force=force, silent=as_json, say=warn)
     found: dict[str, Any] = {"out": settings.out, "devices": sorted(peers)}
     if split is not None:
         asked = peers[min(peers)]
@@ -61,11 +62,8 @@ def simulate(
         found["measured"] = {"device": asked.name, "split": split.value, **measured.data()}
         path = Path(settings.out) / "evaluation.json"
         path.write_text(json.dumps(found["measured"], indent=1))
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    typer.echo(f"{len(peers)} devices, {settings.rounds} rounds; adapters in {settings.out}/adapters")
-    if split is not None:
+    emit(as_json, found, f"{len(peers)} devices, {settings.rounds} rounds; adapters in {settings.out}/adapters")
+    if split is not None and not as_json:
         for task, score in measured.accuracy.items():
             typer.echo(f"{task:24} {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}) of {score.count}")
         routed, right = measured.routes[:-1].sum(), measured.routes.trace() - measured.routes[-1, -1]
@@ -93,10 +91,10 @@ def peer(
     settings, me, known = load_federation(config, tuple(overrides or ())), load_identity(identity), load_peers(peers)
     home = out or Path(settings.out) / me.name
     refuse_a_second_run(home, again=resume or force)  # before the model is opened, which takes its time
-    device = open_device(settings, me, known, _warn)
+    device = open_device(settings, me, known, warn)
     mine = {n: known[n] for n in settings.devices}
     with ZenohFabric(me, mine, settings.name, listen=listen) as fabric:
-        run_device(device, fabric, home, resume=resume, force=force, say=_warn)
+        run_device(device, fabric, home, resume=resume, force=force, say=warn)
     typer.echo(f"{me.name}: {settings.rounds} rounds; its adapter is in {home / 'adapter'}")
 
 
@@ -131,7 +129,3 @@ def enroll(
         parts = (entry.partition("@") for entry in add or ())
         save_peers(folder / "peers.yaml", [read_peer(file, endpoint or None) for file, _, endpoint in parts])
         typer.echo(f"wrote {folder / 'peers.yaml'}; every device needs it")
-
-
-def _warn(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)

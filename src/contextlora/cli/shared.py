@@ -53,11 +53,17 @@ def whole_numbers(text: str, where: str) -> list[int]:
 
 def tell_change(as_json: bool, folder: Path, adapter: Any) -> None:
     """Tells what an adapter folder holds after a change, and what of it should be trained again."""
-    stale = adapter.stale()
-    for task, why in stale.items():
-        say(f"warning: '{task}' should be trained (again): {why}")
     tasks = list(adapter.blocks)
-    emit(as_json, {"adapter": str(folder), "tasks": tasks, "stale": stale}, f"{folder} now holds {', '.join(tasks)}")
+    facts = {"adapter": str(folder), "tasks": tasks, "stale": tell_stale(adapter)}
+    emit(as_json, facts, f"{folder} now holds {', '.join(tasks)}")
+
+
+def tell_stale(adapter: Any) -> Mapping[str, str]:
+    """The tasks that should be trained again and why, each with a warning."""
+    stale: Mapping[str, str] = adapter.stale()
+    for task, why in stale.items():
+        warn(f"'{task}' should be trained (again): {why}")
+    return stale
 
 
 def emit(as_json: bool, data: Mapping[str, Any], text: str) -> None:
@@ -66,6 +72,10 @@ def emit(as_json: bool, data: Mapping[str, Any], text: str) -> None:
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def warn(text: str) -> None:
+    say(f"warning: {text}")
 
 
 def show_accuracy(split: str, tasks: Mapping[str, Mapping[str, float]]) -> None:

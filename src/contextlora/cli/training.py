@@ -22,7 +22,17 @@ from contextlora.cli.options import (
     Set,
     Tasks,
 )
-from contextlora.cli.shared import emit, is_config, load_run, say, show_accuracy, show_table, task_names
+from contextlora.cli.shared import (
+    emit,
+    is_config,
+    load_run,
+    say,
+    show_accuracy,
+    show_table,
+    task_names,
+    tell_stale,
+    warn,
+)
 
 
 @app.command()
@@ -76,7 +86,7 @@ def check(config: Config, overrides: Set = None, tasks: Tasks = None, as_json: J
     for title, rows in found.tables().items():
         show_table(title, rows)
     for warning in found.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     typer.echo("ready to train; times and memory are estimates")
 
 
@@ -110,9 +120,7 @@ def train(
         say=say,
     )
     assert session.adapter is not None
-    stale = session.adapter.stale()
-    for task, why in stale.items():
-        say(f"warning: '{task}' should be trained (again): {why}")
+    stale = tell_stale(session.adapter)
     folder = Path(settings.out) / "adapter"
     facts = {"adapter": str(folder), "sha256": session.adapter.digest(), "tasks": list(session.adapter.blocks)}
     emit(as_json, {**facts, "stale": stale}, f"saved {folder} ({', '.join(facts['tasks'])})")
@@ -202,6 +210,6 @@ def ask(
         context=context.value if context else None,
     )
     for warning in found.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     lines = [f"{t}: {', '.join(a) or '(no valid answer)'}" for t, a in found.answers.items()]
     emit(as_json, {"answers": found.answers, "warnings": found.warnings}, "\n".join(lines))
