@@ -12,6 +12,7 @@ below 1 would, and it is deployed alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,16 +20,13 @@ from torch import Tensor
 
 from contextlora.graph import TaskGraph
 from contextlora.lora.layer import GatedLinear
-from contextlora.lora.sharing import Phase, Plan, levels, own_alone
+from contextlora.lora.sharing import Plan, level_by_level, own_alone
 
 
-def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """The tasks of a level side by side, each in its own block; what they copy was trained in the levels before."""
-    sharing = own_alone(graph)
-    phases = (
-        Phase(tuple((t,) for t in level), sharing, prepare=partial(copy, tasks=level)) for level in levels(graph, tasks)
-    )
-    return Plan(tuple(phases), sharing)
+    plain = level_by_level(graph, tasks, own_alone(graph))
+    return replace(plain, phases=tuple(replace(p, prepare=partial(copy, tasks=p.tasks)) for p in plain.phases))
 
 
 @torch.no_grad()

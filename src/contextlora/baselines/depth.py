@@ -17,13 +17,12 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import GatedLinear
-from contextlora.lora.sharing import Phase, Plan, along_graph, levels, own_alone
+from contextlora.lora.sharing import Plan, along_graph, level_by_level, own_alone
 
 
-def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """As ContextLoRA trains with everything below frozen."""
-    sharing = along_graph(graph, 1.0)
-    return Plan(tuple(Phase(tuple((t,) for t in level), sharing) for level in levels(graph, tasks)), sharing)
+    return level_by_level(graph, tasks, along_graph(graph, 1.0))
 
 
 def low(seed: int) -> Make:

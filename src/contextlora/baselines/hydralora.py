@@ -19,13 +19,13 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import first_values
-from contextlora.lora.sharing import Phase, Plan, all_for_all
+from contextlora.lora.sharing import Plan, all_at_once, all_for_all
 
 
 def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """One run over all tasks; everything learns."""
     sharing = all_for_all(graph, {"hydra": 1})
-    return Plan((Phase((tuple(tasks),), sharing),), sharing)
+    return all_at_once(tasks, sharing)
 
 
 def layers(seed: int) -> Make:

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from contextlora.errors import ConfigError
 from contextlora.graph import TaskGraph
-from contextlora.lora.sharing import Phase, Plan, all_for_all, own_alone
+from contextlora.lora.sharing import Phase, Plan, all_at_once, all_for_all, own_alone
 
 
 def joint(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """Every block on and learning for every task; one run."""
     ranks = {t: graph.rank_of(t) for t in graph.names}
     sharing = all_for_all(graph, ranks)
-    return Plan((Phase((tuple(tasks),), sharing),), sharing)
+    return all_at_once(tasks, sharing)
 
 
 def per_task(graph: TaskGraph, tasks: Sequence[str]) -> Plan:

@@ -22,7 +22,7 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import first_values
-from contextlora.lora.sharing import Phase, Plan, Sharing, all_for_all
+from contextlora.lora.sharing import Phase, Plan, Sharing, all_at_once, all_for_all
 
 KEPT = 0.5  # of B in LoRI-S
 
@@ -30,7 +30,7 @@ KEPT = 0.5  # of B in LoRI-S
 def dense(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """LoRI-D: one run over all tasks."""
     sharing = _sharing(graph)
-    return Plan((Phase((tuple(tasks),), sharing),), sharing)
+    return all_at_once(tasks, sharing)
 
 
 def sparse(graph: TaskGraph, tasks: Sequence[str]) -> Plan:

@@ -18,17 +18,16 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make, layers_of
 from contextlora.lora.gates import Gate, GateState
 from contextlora.lora.layer import GatedLinear
-from contextlora.lora.sharing import Phase, Plan, Sharing, levels, own_alone
+from contextlora.lora.sharing import Plan, Sharing, level_by_level, own_alone
 
 SPEED = 25.0  # times the configured rate; at 0.002 Adam then moves a scale by up to 0.05 an update
 
 
-def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """The tasks of a level side by side, each with its own block and its scales; the layer adds the frozen blocks."""
     own = own_alone(graph)
     learns = {t: {**own.learns[t], _scales(t): 1} for t in graph.names}
-    sharing = Sharing(own.active, learns)
-    return Plan(tuple(Phase(tuple((t,) for t in level), sharing) for level in levels(graph, tasks)), sharing)
+    return level_by_level(graph, tasks, Sharing(own.active, learns))
 
 
 def layers(seed: int) -> Make:

@@ -8,6 +8,7 @@ the tasks' own blocks (whose last rank stays zero), so that the parameters are a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,12 @@ from contextlora.graph import TaskGraph
 from contextlora.lora.attach import Make, layers_of
 from contextlora.lora.gates import GateState
 from contextlora.lora.layer import GatedLinear, first_values
-from contextlora.lora.sharing import Phase, Plan, Sharing, along_graph, levels
+from contextlora.lora.sharing import Plan, Sharing, along_graph, level_by_level
 
 OWNER = "shared block"
 
 
-def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
+def plan(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     """Along the graph; the first run of the first level also steps the shared block.
 
     The samples of all its tasks pass in one mixed batch, so the gradient that this run steps with is from all of them.
@@ -33,12 +34,12 @@ def level_by_level(graph: TaskGraph, tasks: Sequence[str]) -> Plan:
     if poor := [t for t in tasks if graph.rank_of(t) < 2]:
         raise ConfigError("E117", f"'{poor[0]}' has one rank and would give it to the shared block; raise `rank`")
     literal = along_graph(graph, 1.0)
-    mine = levels(graph, tasks)
     learns = {t: {t: graph.rank_of(t) - 1} for t in graph.names}
-    sharing = Sharing(literal.active, learns)
-    first = Sharing(literal.active, {**learns, mine[0][0]: {**learns[mine[0][0]], OWNER: 1}})
-    phases = (Phase(tuple((t,) for t in level), first if level is mine[0] else sharing) for level in mine)
-    return Plan(tuple(phases), sharing)
+    plain = level_by_level(graph, tasks, Sharing(literal.active, learns))
+    first, *later = plain.phases
+    whose = first.tasks[0]
+    with_shared = Sharing(literal.active, {**learns, whose: {**learns[whose], OWNER: 1}})
+    return replace(plain, phases=(replace(first, sharing=with_shared), *later))
 
 
 def layers(seed: int) -> Make:

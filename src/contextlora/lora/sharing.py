@@ -129,3 +129,14 @@ class Plan:
 
     phases: tuple[Phase, ...]
     answering: Sharing
+
+
+def all_at_once(tasks: Iterable[str], sharing: Sharing) -> Plan:
+    """One run over the mixed samples of all tasks."""
+    return Plan((Phase((tuple(tasks),), sharing),), sharing)
+
+
+def level_by_level(graph: TaskGraph, tasks: Iterable[str], sharing: Sharing) -> Plan:
+    """The tasks of a level side by side, each in a run of its own; one level after another."""
+    phases = (Phase(tuple((t,) for t in level), sharing) for level in levels(graph, tasks))
+    return Plan(tuple(phases), sharing)

@@ -23,11 +23,11 @@ RIVALS: dict[str, Callable[[TaskGraph, Sequence[str]], Plan]] = {
     "mole-joint": mole.joint,
     "lori-d": lori.dense,
     "lori-s": lori.sparse,
-    "copies": copies.level_by_level,
-    "low-prerequisites": depth.level_by_level,
-    "by-depth": depth.level_by_level,
-    "learned-scales": scales.level_by_level,
-    "shared-block": shared.level_by_level,
+    "copies": copies.plan,
+    "low-prerequisites": depth.plan,
+    "by-depth": depth.plan,
+    "learned-scales": scales.plan,
+    "shared-block": shared.plan,
 }
 LAYERS: dict[str, Callable[[int], Make]] = {  # of the rivals that need others than the graph's blocks, by seed
     "hydralora": hydralora.layers,
