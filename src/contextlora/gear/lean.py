@@ -11,13 +11,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from contextlora.data.collate import Batch
 from contextlora.data.images import open_image
 from contextlora.gear.plan import Plan
 from contextlora.lora.attach import decoder_layers
@@ -77,16 +75,8 @@ class Unseeing(ImageFeatures):
     thrown away.
     """
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        device = next(self.model.parameters()).device
-        ids = batch.input_ids.to(device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.to(device)}
-        images = [s.image for s in batch.samples if s.image is not None]
-        if images and self._positions:
-            found = [self.get(image) for image in images]
-            inputs |= {k: torch.cat([f[k] for f in found]).to(device) for k in self._positions}
-            inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()  # type: ignore[union-attr]
-        return inputs
+    def get(self, image: Path) -> dict[str, Tensor]:
+        return super().get(image) if self._positions else {}
 
     @cached_property
     def _positions(self) -> list[str]:

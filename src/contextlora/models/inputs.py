@@ -65,12 +65,12 @@ class ImageFeatures:
         ids = batch.input_ids.to(device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.to(device)}
         found = [self.get(s.image) for s in batch.samples if s.image is not None]
-        if not found:
-            return inputs
-        features = [f[FEATURES].to(device) for f in found]
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        extra = {k: torch.cat([f[k] for f in found]).to(device) for k in found[0] if k != FEATURES}
-        if extra:  # models with image positions want to know which tokens are image tokens
+        names = list(found[0]) if found else []
+        if FEATURES in names:
+            features = [f[FEATURES].to(device) for f in found]
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        if extra := {k: torch.cat([f[k] for f in found]).to(device) for k in names if k != FEATURES}:
+            # models with image positions want to know which tokens are image tokens
             inputs |= extra
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()  # type: ignore[union-attr]
         return inputs
