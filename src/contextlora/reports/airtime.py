@@ -27,9 +27,8 @@ def radio(bench: Bench, job: Job) -> Measured:
     links that planning counted on (power within p_max for the whole group at the gain that outage leaves) and that
     faded below it.
     """
-    keys = {k: v for k, v in job.federation.items() if k not in ("devices", "questions", "alone")}
     devices = {f"d{i:02}": "task" for i in range(job.federation["devices"])}
-    s = validate(Federation, {**keys, "devices": devices}, job.title)
+    s = validate(Federation, {**job.of_federation, "devices": devices}, job.title)
     names, parts = list(devices), dict[str, Scores]()
     for size, count in SIZES.items():
         found = [_one(s, names, 8 * count, (job.seed, run)) for run in range(RUNS)]

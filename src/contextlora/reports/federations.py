@@ -31,6 +31,7 @@ from contextlora.federated.setup import channel_of, shares
 from contextlora.federated.simulate import simulate
 from contextlora.federated.slices import Slice
 from contextlora.federated.sparsity import first_slice
+from contextlora.lora.attach import detach
 from contextlora.reports.bench import Bench, Opened
 from contextlora.reports.jobs import Job
 from contextlora.reports.probes import Measured, Scores
@@ -44,11 +45,8 @@ Asked = Mapping[str, list[Example]]
 
 def federation(job: Job, folder: Path, out: Path, tasks: tuple[str, ...] | None = None) -> Federation:
     """The federation that a job simulates, of one device for each of `tasks`, or of as many as the recipe says."""
-    keys, graph = dict(job.federation), job.graph
-    count = keys.pop("devices")
-    for own in ("questions", "alone"):
-        keys.pop(own)
-    whose = tasks or [graph.names[i % len(graph.names)] for i in range(count)]
+    keys, names = job.of_federation, job.graph.names
+    whose = tasks or [names[i % len(names)] for i in range(job.federation["devices"])]
     return validate(
         Federation,
         {
@@ -132,8 +130,6 @@ def _plainly(o: Opened, mine: list[Example], task: str) -> dict[str, float]:
 @contextmanager
 def _layers_of(o: Opened, settings: Federation) -> Iterator[None]:
     """Inside, the method's layers are on the model."""
-    from contextlora.lora.attach import detach
-
     put_on(o.model, o.reader.encoder.graph, settings)
     try:
         yield

@@ -85,6 +85,11 @@ class Job:
         place = Path(self.data.scenario).name
         return " · ".join([place, self.arm, *(f"{k} {v}" for k, v in self.point), f"seed {self.seed}"])
 
+    @property
+    def of_federation(self) -> dict[str, Any]:
+        """The keys that a federation's YAML has too, but for its devices."""
+        return {k: v for k, v in self.federation.items() if k not in ("devices", "questions", "alone")}
+
 
 def expand(recipe: Recipe) -> list[Job]:
     """All cells of a recipe: seeds outermost, so that one that is interrupted can be read already.
