@@ -1,15 +1,43 @@
-"""Small federations for tests: random slices of a few tasks on two layers."""
+"""Small federations for tests: random slices of a few tasks on two layers, and devices with the tiny model."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 from hypothesis import strategies as st
 
+import tiny
 from contextlora.federated.aggregate import Update
+from contextlora.federated.federation import Federation
 from contextlora.federated.slices import A_SIDE, Mask, Slice
+from contextlora.strict import validate
 
 SHAPES = {"l.0": (2, 5), "l.1": (2, 3)}
 D_IN = {"l.0": 4, "l.1": 6}
+
+
+def write_words(folder, train=16):
+    """A data folder of the tiny graph's tasks, with the graph."""
+    tiny.write_data(folder, train=train, test=4)
+    (folder / "graph.yaml").write_text(json.dumps(tiny.graph().to_dict()))  # JSON is YAML
+    return folder
+
+
+def small(data, out, devices, **more):
+    """The settings of a few devices that train for moments, and may all be one cluster."""
+    given = {
+        "data": str(data),
+        "out": str(out),
+        "rounds": 4,
+        "updates": 2,
+        "exchange_every": 2,
+        "train": {"lr": 0.02, "batch_size": 2},
+        "slices": {"share": 0.3, "calibration": 2},
+        "limits": {"collision": 1.0},
+        "devices": devices,
+    }
+    return validate(Federation, {**given, **more}, "test")
 
 
 def sparse(task, rng, rate=0.5, shapes=SHAPES):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 
 import pytest
 
-import tiny
 from contextlora.errors import PeerError, RunError
 from contextlora.federated.device import run_device
 from contextlora.federated.fabric import Arrival, Traffic
-from contextlora.federated.federation import Federation
 from contextlora.federated.keep import load_peer, save_peer
 from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
@@ -21,15 +18,13 @@ from contextlora.federated.simulate import simulated_key
 from contextlora.federated.wire import public_key
 from contextlora.reports.federation import is_federation, write_federation_report
 from contextlora.reports.rounds import read_rounds
-from contextlora.strict import validate
+from federated.federation import small, write_words
 from federated.worker import tiny_reader
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    folder = tiny.write_data(tmp_path_factory.mktemp("words"), train=12, test=4)
-    (folder / "graph.yaml").write_text(json.dumps(tiny.graph().to_dict()))
-    return folder
+    return write_words(tmp_path_factory.mktemp("words"), train=12)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +34,8 @@ def reader():
 
 @pytest.fixture
 def settings(words, tmp_path):
-    given = {
-        "data": str(words),
-        "out": str(tmp_path),
-        "rounds": 3,
-        "updates": 1,
-        "exchange_every": 2,
-        "train": {"lr": 0.02, "batch_size": 2},
-        "slices": {"share": 0.3, "calibration": 1},
-        "limits": {"collision": 1.0},
-        "devices": {"ant": "weather", "bee": "weather"},
-    }
-    return validate(Federation, given, "test")
+    one = {"slices": {"share": 0.3, "calibration": 1}, "updates": 1}
+    return small(words, tmp_path, {"ant": "weather", "bee": "weather"}, rounds=3, **one)
 
 
 def born(settings, name, reader):

@@ -15,7 +15,6 @@ from contextlora.data.collate import Encoder
 from contextlora.data.records import load_examples
 from contextlora.errors import ConfigError
 from contextlora.federated.aggregate import EVERYONE, Held
-from contextlora.federated.federation import Federation
 from contextlora.federated.keep import restore, tensors_of
 from contextlora.federated.layer import learning_parts, load_slice
 from contextlora.federated.local import Local, first_batches, local_run
@@ -28,34 +27,20 @@ from contextlora.federated.simulate import simulate
 from contextlora.federated.slices import A_SIDE
 from contextlora.lora.layer import AdaptedLinear
 from contextlora.models.inputs import ImageFeatures, answer_nll
-from contextlora.strict import validate
 from contextlora.training.prefix import FrozenPrefix
-from federated.federation import content
+from federated.federation import content, small, write_words
 
 EXACT = {"full": "bf16", "delta": None}
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    folder = tiny.write_data(tmp_path_factory.mktemp("words"), train=18, test=4)
-    (folder / "graph.yaml").write_text(json.dumps(tiny.graph().to_dict()))
-    return folder
+    return write_words(tmp_path_factory.mktemp("words"), train=18)
 
 
 def settings(words, out, name, **more):
-    given = {
-        "data": str(words),
-        "out": str(out),
-        "rounds": 2,
-        "updates": 3,
-        "exchange_every": 2,
-        "train": {"lr": 0.01, "batch_size": 2},
-        "slices": {"share": 0.3, "calibration": 2},
-        "wire": EXACT,
-        "devices": {"a": "weather"},
-        "aggregate": name,
-    }
-    return validate(Federation, {**given, **more}, "test")
+    given = {"rounds": 2, "updates": 3, "train": {"lr": 0.01, "batch_size": 2}, "limits": {}, "wire": EXACT}
+    return small(words, out, **{"devices": {"a": "weather"}, "aggregate": name, **given, **more})
 
 
 def reader(s):

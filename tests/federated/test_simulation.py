@@ -14,7 +14,6 @@ from contextlora.data.collate import Encoder
 from contextlora.errors import ConfigError, RunError
 from contextlora.federated.aggregate import Update, ours
 from contextlora.federated.collisions import expected_rates
-from contextlora.federated.federation import Federation
 from contextlora.federated.layer import layers
 from contextlora.federated.measure import measure
 from contextlora.federated.memory import resident
@@ -24,17 +23,14 @@ from contextlora.federated.setup import channel_of
 from contextlora.federated.simulate import simulate
 from contextlora.lora.attach import attach
 from contextlora.models.inputs import ImageFeatures
-from contextlora.strict import validate
-from federated.federation import content
+from federated.federation import content, small, write_words
 
 DEVICES = {"a": "weather", "b": "weather", "c": "light", "d": "action"}
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    folder = tiny.write_data(tmp_path_factory.mktemp("words"), train=16, test=4)
-    (folder / "graph.yaml").write_text(json.dumps(tiny.graph().to_dict()))  # JSON is YAML
-    return folder
+    return write_words(tmp_path_factory.mktemp("words"))
 
 
 def reader():
@@ -45,18 +41,7 @@ def reader():
 
 
 def settings(words, out, **more):
-    given = {
-        "data": str(words),
-        "out": str(out),
-        "rounds": 4,
-        "updates": 2,
-        "exchange_every": 2,
-        "train": {"lr": 0.02, "batch_size": 2},
-        "slices": {"share": 0.3, "calibration": 2},
-        "limits": {"collision": 1.0},
-        "devices": DEVICES,
-    }
-    return validate(Federation, {**given, **more}, "test")
+    return small(words, out, **{"devices": DEVICES, **more})
 
 
 def run(words, out, **more):

@@ -31,25 +31,14 @@ from contextlora.models.inputs import ImageFeatures
 from contextlora.reports import federation_figures as figures
 from contextlora.reports.federation import REFUSALS, is_federation, page, write_federation_report
 from contextlora.reports.rounds import read_rounds, read_settings
-from contextlora.strict import validate
+from federated.federation import small, write_words
 
 DEVICES = {"ant": "weather", "bee": "weather", "cat": "action"}
 
 
 def settings(words: Path, out: Path, **more: Any) -> Federation:
-    given = {
-        "data": str(words),
-        "out": str(out),
-        "rounds": 4,
-        "updates": 1,
-        "exchange_every": 2,
-        "train": {"lr": 0.02, "batch_size": 2},
-        "slices": {"share": 0.3, "calibration": 1},
-        "limits": {"collision": 1.0},
-        "radio": {"step": "5 m"},
-        "devices": DEVICES,
-    }
-    return validate(Federation, {**given, **more}, "test")
+    one = {"updates": 1, "slices": {"share": 0.3, "calibration": 1}, "radio": {"step": "5 m"}}
+    return small(words, out, **{"devices": DEVICES, **one, **more})
 
 
 def run(found: Federation, **how: Any) -> Path:
@@ -62,9 +51,7 @@ def run(found: Federation, **how: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.write_data(tmp_path_factory.mktemp("words"), train=12, test=4)
-    (folder / "graph.yaml").write_text(json.dumps(tiny.graph().to_dict()))
-    return folder
+    return write_words(tmp_path_factory.mktemp("words"), train=12)
 
 
 @pytest.fixture(scope="module")

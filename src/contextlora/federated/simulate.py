@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextlora.federated.channel import Channel, RadioChannel
+from contextlora.federated.channel import RadioChannel
 from contextlora.federated.deliver import deliver
 from contextlora.federated.fabric.local import Hub, Traffic
 from contextlora.federated.federation import Federation, save_federation
@@ -75,82 +75,107 @@ def simulate(
     out, graph = Path(settings.out), graph_of_devices(settings)
     refuse_a_second_run(out, again=resume or force)
     kept = load_all(out / KEPT, run_of(settings)) if resume else Kept()
-    reader, channel, once = reader or open_reader(settings, graph), channel_of(settings), Once()
-    planner, hub = Planner(channel, settings.planned, settings.radio.cast, say), Hub(settings, channel)
-    keys = {name: simulated_key(settings, name) for name in settings.devices}
-    known = {public_key(key): name for name, key in keys.items()}
-    data = shares(settings)
-    below = prefix or FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
-    peers: dict[str, Peer] = {}
-    told: dict[str, Counter[str]] = {}
-
-    def start(name: str) -> Rounds:
-        """A device that begins, or that comes back: after a kill without what it knew of others."""
-        before = tensors_of(peers[name]) if name in peers else kept.devices.pop(name, None)
-        peer = Peer(name, settings, reader, data[name], keys[name], known, planner, below, once)
-        peer.prefix = prefix or peer.prefix
-        if before is None:
-            peer.calibrate()
-        else:
-            restore(peer, before)
-            if hub.round == kept.round and name not in peers:  # nothing has befallen it but that all were stopped
-                restore_known(peer.post, before)
-        hub.rates[name].update(peer.rates)
-        peer.rates = hub.rates[name]
-        peers[name], told[name] = peer, Counter()
-        return rounds(peer)
-
+    devices = _Devices(settings, reader or open_reader(settings, graph), prefix, kept, say)
     if not resume:  # only now is anything thrown away
         throw_away(out)
-    hub.late.update(kept.late)
     with Tracker(out, quiet=True) as watch, live(settings.rounds, done=kept.round, quiet=silent) as show:
         save_federation(settings, out / "federation.yaml")
 
         def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
-            numbers = standing(round_, peers, there, traffic, channel, told)
-            told.update({name: peers[name].post.refused for name in there})
+            numbers = devices.standing(round_, traffic, there)
             watch.log(round_, numbers)  # first: a round that was kept has its line
             if keep:
-                devices: dict[str, Any] = {**kept.devices, **{n: parts_of(p) for n, p in peers.items()}}
-                devices |= {n: devices[n] | known_of(peers[n].post) for n in there}
-                save_all(out / KEPT, run_of(settings), Kept(round_ + 1, devices, hub.late))
-            once.forget()
+                save_all(out / KEPT, run_of(settings), devices.kept(round_ + 1, there))
+            devices.once.forget()
             show(round_, numbers)
 
-        hub.run(start, kept.round, after)
-    for name in sorted(settings.devices.keys() - peers.keys()):  # with nothing left to do
-        start(name)
-    for name, peer in sorted(peers.items()):
+        devices.hub.run(devices.start, kept.round, after)
+    for name in sorted(settings.devices.keys() - devices.peers.keys()):  # with nothing left to do
+        devices.start(name)
+    for name, peer in sorted(devices.peers.items()):
         deliver(peer, out / "adapters" / name, out / "packed" / f"{name}.safetensors", say, keep=keep)
-    return peers
+    return devices.peers
 
 
-def standing(
-    round_: int,
-    peers: Mapping[str, Peer],
-    there: frozenset[str],
-    traffic: Traffic,
-    channel: Channel,
-    told: Mapping[str, Counter[str]],
-) -> dict[str, Any]:
-    """A round in numbers, a line of metrics.jsonl. Clusters are those that its first device has found.
+class _Devices:
+    """All devices of a federation, on one model and one air.
 
-    `told` is what each device had refused before this round.
+    Attributes:
+        peers: the devices that have begun, by name.
+        hub: what carries their messages.
+        once: what is the same for all of them, computed once.
     """
-    alive = [peers[n] for n in sorted(there)]
-    losses = {p.name: sum(p.losses) / len(p.losses) for p in alive if p.losses}
-    numbers = asdict(traffic) | {"bytes": dict(traffic.bytes)}
-    groups, collisions = ((c := alive[0].clustering).groups, c.collisions) if alive else ((), ())
-    if isinstance(channel, RadioChannel):
-        at = channel.positions(round_)
-        numbers["positions"] = {n: [round(float(x), 2) for x in at[i]] for i, n in enumerate(channel.devices)}
-    return numbers | {
-        "loss": sum(losses.values()) / max(1, len(losses)),
-        "losses": losses,
-        "clusters": [list(g) for g in groups],
-        "collisions": list(collisions),
-        "refused": dict(sum((p.post.refused - told[p.name] for p in alive), start=Counter[str]())),
-    }
+
+    def __init__(
+        self,
+        settings: Federation,
+        reader: ImageFeatures,
+        prefix: FrozenPrefix | None,
+        before: Kept,
+        say: Callable[[str], None],
+    ):
+        self.settings, self.reader, self.prefix, self.before = settings, reader, prefix, before
+        self.peers: dict[str, Peer] = {}
+        self.channel, self.once, self.data = channel_of(settings), Once(), shares(settings)
+        self.planner = Planner(self.channel, settings.planned, settings.radio.cast, say)
+        self.hub = Hub(settings, self.channel)
+        self.hub.late.update(before.late)
+        self.keys = {name: simulated_key(settings, name) for name in settings.devices}
+        self.known = {public_key(key): name for name, key in self.keys.items()}
+        self.below = prefix or FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
+        self._told: dict[str, Counter[str]] = {}  # what each had refused before this round
+
+    def start(self, name: str) -> Rounds:
+        """A device that begins, or that comes back: after a kill without what it knew of others."""
+        back = name in self.peers
+        state = tensors_of(self.peers[name]) if back else self.before.devices.pop(name, None)
+        peer = Peer(
+            name,
+            self.settings,
+            self.reader,
+            self.data[name],
+            self.keys[name],
+            self.known,
+            self.planner,
+            self.below,
+            self.once,
+        )
+        peer.prefix = self.prefix or peer.prefix
+        if state is None:
+            peer.calibrate()
+        else:
+            restore(peer, state)
+            if self.hub.round == self.before.round and not back:  # nothing has befallen it but that all were stopped
+                restore_known(peer.post, state)
+        self.hub.rates[name].update(peer.rates)
+        peer.rates = self.hub.rates[name]
+        self.peers[name], self._told[name] = peer, Counter()
+        return rounds(peer)
+
+    def kept(self, round_: int, there: frozenset[str]) -> Kept:
+        """All that the next round begins with."""
+        found: dict[str, Any] = {**self.before.devices, **{n: parts_of(p) for n, p in self.peers.items()}}
+        found |= {n: found[n] | known_of(self.peers[n].post) for n in there}
+        return Kept(round_, found, self.hub.late)
+
+    def standing(self, round_: int, traffic: Traffic, there: frozenset[str]) -> dict[str, Any]:
+        """A round in numbers, a line of metrics.jsonl. Clusters are those that its first device has found."""
+        alive = [self.peers[n] for n in sorted(there)]
+        losses = {p.name: sum(p.losses) / len(p.losses) for p in alive if p.losses}
+        refused = sum((p.post.refused - self._told[p.name] for p in alive), start=Counter[str]())
+        self._told.update({p.name: p.post.refused for p in alive})
+        numbers = asdict(traffic) | {"bytes": dict(traffic.bytes)}
+        if isinstance(self.channel, RadioChannel):
+            at = self.channel.positions(round_)
+            numbers["positions"] = {n: [round(float(x), 2) for x in at[i]] for i, n in enumerate(self.channel.devices)}
+        groups, collisions = ((c := alive[0].clustering).groups, c.collisions) if alive else ((), ())
+        return numbers | {
+            "loss": sum(losses.values()) / max(1, len(losses)),
+            "losses": losses,
+            "clusters": [list(g) for g in groups],
+            "collisions": list(collisions),
+            "refused": dict(refused),
+        }
 
 
 def simulated_key(settings: Federation, name: str) -> Ed25519PrivateKey:
