@@ -53,6 +53,14 @@ def test_a_preset_and_overrides_are_put_in(tmp_path: Path):
     assert (recipe.data.test, recipe.data.train) == (8, 24)  # what the recipe does not say, the shared preset does
 
 
+def test_a_preset_leaves_arms_out(tmp_path: Path):
+    small = SMALL["presets"]["smoke"]
+    recipe = load_recipe(written(tmp_path, presets={"smoke": {**small, "without": ["other"]}}), "smoke")
+    assert list(recipe.arms) == ["ours"]
+    with pytest.raises(ConfigError, match="no arm 'othr'. Did you mean 'other'?"):
+        load_recipe(written(tmp_path, presets={"smoke": {**small, "without": ["othr"]}}), "smoke")
+
+
 def test_an_arm_may_have_a_model_of_its_own(tmp_path: Path):
     arms = {"ours": {}, "small": {"model": "smol-half"}, "untaught": {"model": "smol-half", "zero_shot": True}}
     ours, small, untaught = expand(load_recipe(written(tmp_path, arms=arms), "smoke"))[:3]

@@ -97,6 +97,7 @@ class Preset(Strict):
         seeds: how many; they are 0, 1, ...
         arms: what is compared, by the name it is shown under. The first is ours: differences are ours minus each other.
             A list takes arms from recipes/_shared.yaml by name; a preset changes keys of those that are there.
+        without: names of arms that are left out, as too large.
     """
 
     model: str = "smol"
@@ -112,6 +113,7 @@ class Preset(Strict):
     sweep: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(default_factory=dict)
     seeds: Annotated[int, Field(ge=1, le=100)] = 5
     arms: dict[str, Arm] = Field(default_factory=dict)
+    without: Names = ()
 
     @field_validator("train")
     @classmethod
@@ -232,6 +234,9 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
         raise ConfigError("E115", text, where=path)
     home = path.parent if str(path) == str(name) else Path()
     data: Any = _at_home(merged(raw, raw.pop("presets")[preset]), home)
+    for name in data.pop("without", ()):
+        _arm(data["arms"], name, path)
+        del data["arms"][name]
     arms = data["arms"]
     for text in overrides:
         data = override(data, text)
