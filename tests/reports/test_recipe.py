@@ -57,7 +57,7 @@ def test_a_preset_leaves_arms_out(tmp_path: Path):
     small = SMALL["presets"]["smoke"]
     recipe = load_recipe(written(tmp_path, presets={"smoke": {**small, "without": ["other"]}}), "smoke")
     assert list(recipe.arms) == ["ours"]
-    with pytest.raises(ConfigError, match="no arm 'othr'. Did you mean 'other'?"):
+    with pytest.raises(ConfigError, match=r"E115.*othr.*other"):
         load_recipe(written(tmp_path, presets={"smoke": {**small, "without": ["othr"]}}), "smoke")
 
 
