@@ -253,6 +253,8 @@ FAULTS = [
         (8, {"faults": FAULTS}),  # b is gone when all are stopped
         (12, {"faults": FAULTS}),  # b comes back just when all go on
         (15, {"faults": FAULTS, "rounds": 5}),
+        (9, {"together": 3}),
+        (12, {"together": 3, "faults": FAULTS}),
         (9, {"rounds": 4, "faults": [{"what": "kill", "who": ["b"], "rounds": [2, 2]}]}),  # b is gone when all go on
     ],
 )

@@ -134,6 +134,8 @@ class Federation(Strict):
         wait: how long a real device waits for others in one slot; the deadline of `limits` is what planning counts.
         max_samples: each device trains on so many of its examples, drawn by its name; None is all of them.
         devices: by name.
+        together: of a simulation: so many devices of different tasks may share a forward pass. Faster where batches are
+            small, and rounded differently, so that the bytes are not those of devices that train alone.
         faults: of a simulation.
     """
 
@@ -160,6 +162,7 @@ class Federation(Strict):
     wait: Annotated[Seconds, Field(gt=0)] = 30.0
     max_samples: Annotated[int, Field(ge=1)] | None = None
     devices: dict[Name, Device] = Field(min_length=1)
+    together: Annotated[int, Field(ge=1)] = 1
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
 
     @field_validator("devices", mode="before")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Batch, collate
@@ -108,24 +108,60 @@ def local_run(
     Raises:
         PeerError: E608 for updates beyond `total`, or nothing to learn. RunError: E510, E511, E515 as in training.
     """
-    model, owner = reader.model, at.block.task
-    task = task or owner
-    if not any(len(m.indices) for m in at.learns.values()):
-        raise PeerError("E608", "has no active entry; calibrate it first", where=task)
-    if at.update + updates > total:
-        raise PeerError("E608", f"{updates} updates after {at.update}, but {total} in all", where=task)
-    phase = Phase(((task,),), sharing_of(graph_of(model), owner))
-    load_slice(model, at.block, at.learns)
-    losses: list[float] = []
+    turn = Turn(at, examples, task or at.block.task)
+    return run_together(reader, [turn], config, updates=updates, total=total, prefix=prefix)[0]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one device trains: from where it stands, on its data, its task."""
+
+    at: Local
+    examples: Sequence[Example]
+    task: str
+
+
+def run_together(
+    reader: ImageFeatures,
+    turns: Sequence[Turn],
+    config: TrainConfig,
+    *,
+    updates: int,
+    total: int,
+    prefix: FrozenPrefix | None = None,
+) -> list[tuple[Local, list[float]]]:
+    """`local_run` of devices of different tasks, their mini-batches in one forward pass through per-sample gates.
+
+    Each has an optimizer, an order of samples and a clipping norm of its own, so all do what they would do alone but
+    for rounding. All stand at the same update, and no block that is on for one of them learns for another.
+    """
+    model = reader.model
+    for turn in turns:
+        at = turn.at
+        if not any(len(m.indices) for m in at.learns.values()):
+            raise PeerError("E608", "has no active entry; calibrate it first", where=turn.task)
+        if at.update + updates > total:
+            raise PeerError("E608", f"{updates} updates after {at.update}, but {total} in all", where=turn.task)
+        load_slice(model, at.block, at.learns)
+    first = turns[0].at
+    phase = Phase(tuple((t.task,) for t in turns), sharing_of(graph_of(model), first.block.task))
+    losses: dict[str, list[float]] = {t.task: [] for t in turns}
     with learning_ends(model, phase.sharing):
-        stage = Stage(reader, prefix or FrozenPrefix(reader, 0), examples, phase, config)
-        (run,) = stage.runs
-        run.total = total  # a federation counts updates, not epochs
-        run.restore(dict(at.optimizer))
-        for update in range(at.update, at.update + updates):
-            losses += stage.update(update).values()
+        of = {t.task: t.examples for t in turns}
+        stage = Stage(reader, prefix or FrozenPrefix(reader, 0), of, phase, config)
+        for run, turn in zip(stage.runs, turns, strict=True):
+            run.total = total  # a federation counts updates, not epochs
+            run.restore(dict(turn.at.optimizer))
+        for update in range(first.update, first.update + updates):
+            for task, loss in stage.update(update).items():
+                losses[task].append(loss)
+    done = [_after(model, t.at, updates, run.state()) for t, run in zip(turns, stage.runs, strict=True)]
+    return [(local, losses[t.task]) for local, t in zip(done, turns, strict=True)]
+
+
+def _after(model: nn.Module, at: Local, updates: int, optimizer: Mapping[str, Tensor]) -> Local:
     held = {layer: mask.either(at.learns[layer]) for layer, mask in at.block.masks.items()}
-    return Local(to_slice(model, owner, held), at.learns, at.update + updates, run.state()), losses
+    return Local(to_slice(model, at.block.task, held), at.learns, at.update + updates, optimizer)
 
 
 def sharing_of(graph: TaskGraph, owner: str) -> Sharing:

@@ -5,7 +5,7 @@ No transport and no clock here: `protocol.rounds` calls these methods in order, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from contextlora.data.records import Example
 from contextlora.errors import PeerError
+from contextlora.federated import together
 from contextlora.federated.aggregate import Held, Update, choice_of, strategy
 from contextlora.federated.cluster import Clustering, Member
 from contextlora.federated.federation import Federation
 from contextlora.federated.layer import learning_parts, load_slice
-from contextlora.federated.local import Local, first_batches, local_run
+from contextlora.federated.local import Local, Turn, first_batches
 from contextlora.federated.mailbox import Row, send_row
 from contextlora.federated.methods import first_local, owner_of
 from contextlora.federated.once import Sharing, alone
@@ -35,6 +36,7 @@ from contextlora.training.prefix import FrozenPrefix
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+Trainer = Callable[["Peer"], together.Trained]
 Sends = Sequence[tuple[tuple[str, ...], list[bytes]]]
 
 
@@ -51,6 +53,7 @@ class Peer:
         planner: finds clusters; over the same channel on every device.
         prefix: activations of frozen layers, kept from round to round.
         once: shares what several devices of one process would make alike.
+        trainer: does this round's updates.
 
     Attributes:
         round: the next one, or the one it is in.
@@ -76,9 +79,10 @@ class Peer:
         planner: Planner,
         prefix: FrozenPrefix | None = None,
         once: Sharing = alone,
+        trainer: Trainer = together.alone,
     ):
         self.name, self.settings, self.reader, self.examples = name, settings, reader, examples
-        self.key, self.planner = key, planner
+        self.key, self.planner, self.trainer = key, planner, trainer
         asked = settings.total_updates * settings.train.batch_size * settings.train.accumulate
         self.prefix = prefix if asked > len(examples) else None  # it pays from the second look at a sample on
         self.task = settings.devices[name].task
@@ -117,14 +121,14 @@ class Peer:
 
     def train(self) -> None:
         """This round's local updates, with the prerequisites' slices frozen beside its own (eq. 6)."""
-        s = self.settings
         self._load_prerequisites()
-        done = min(self.round * s.updates, s.total_updates - s.updates)  # one that was away skips what it missed
-        at = replace(self.local, update=max(done, self.local.update))
-        counts = {"updates": s.updates, "total": s.total_updates}
-        self.local, self.losses = local_run(
-            self.reader, self.examples, at, s.train, **counts, prefix=self.prefix, task=self.task
-        )
+        self.local, self.losses = self.trainer(self)
+
+    def turn(self) -> Turn:
+        """What it is to train in this round. One that was away skips what it missed."""
+        s = self.settings
+        done = min(self.round * s.updates, s.total_updates - s.updates)
+        return Turn(replace(self.local, update=max(done, self.local.update)), self.examples, self.task)
 
     def _load_prerequisites(self) -> None:
         """Puts on the model what it has of them, or nothing: in a simulation others were there before."""

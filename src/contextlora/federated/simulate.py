@@ -33,6 +33,7 @@ from contextlora.federated.peer import Peer
 from contextlora.federated.planner import Planner
 from contextlora.federated.protocol import Rounds, rounds
 from contextlora.federated.setup import channel_of, graph_of_devices, open_reader, shares
+from contextlora.federated.together import Together
 from contextlora.federated.wire import public_key
 from contextlora.models.inputs import ImageFeatures
 from contextlora.training.prefix import FrozenPrefix
@@ -122,6 +123,7 @@ class _Devices:
         self.hub.late.update(before.late)
         self.keys = {name: simulated_key(settings, name) for name in settings.devices}
         self.known = {public_key(key): name for name, key in self.keys.items()}
+        self.together = Together(settings.together, self.peers, self.hub)
         self.below = prefix or FrozenPrefix(reader, int(settings.train.prefix_cache_gb * 2**30))
         self._told: dict[str, Counter[str]] = {}  # what each had refused before this round
 
@@ -139,6 +141,7 @@ class _Devices:
             self.planner,
             self.below,
             self.once,
+            self.together.train,
         )
         peer.prefix = self.prefix or peer.prefix
         if state is None:

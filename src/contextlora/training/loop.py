@@ -8,7 +8,7 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -160,6 +160,7 @@ class Stage:
     """A phase at work: runs that train side by side, and one update of all of them.
 
     Args:
+        examples: of all tasks, or by task where each has its own.
         phase: the tasks of each run, which blocks are on, and which learn.
         given: the prerequisites' answers (`context: predicted`) where they are known already; a stage that is resumed
             must not ask again, because with delta > 0 the prerequisites have moved since.
@@ -173,7 +174,7 @@ class Stage:
         self,
         reader: ImageFeatures,
         prefix: FrozenPrefix,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Mapping[str, Sequence[Example]],
         phase: Phase,
         config: TrainConfig,
         given: dict[str, Answers] | None = None,
@@ -185,9 +186,10 @@ class Stage:
         config = config.model_copy(update={"batch_size": phase.batch_size(config.batch_size), "lr": rate})
         self.given: dict[str, Answers] = given or {}
         self.runs: list[TaskRun] = []
+        of = examples if isinstance(examples, Mapping) else dict.fromkeys(phase.tasks, examples)
         for tasks in phase.runs:
             owners = dict.fromkeys(o for t in tasks for o in phase.sharing.learns[t])
-            samples = [s for t in tasks for s in task_samples(reader, examples, t, config.context, self.given)]
+            samples = [s for t in tasks for s in task_samples(reader, of[t], t, config.context, self.given)]
             prefix.admit(samples)
             self.runs.append(TaskRun(tasks, samples, [p for o in owners for p in groups[o]], config))
         self._run_of = {t: r.name for r in self.runs for t in r.tasks}

@@ -43,13 +43,14 @@ class Hub:
 
     Attributes:
         round: the one it is in.
+        there: the devices that are there in it.
         rates: bit/s as each sender has last measured them, with its air to itself, by sender and receiver.
         late: bundles that arrive a round late, by slot and receiver: from whom, and what.
     """
 
     def __init__(self, settings: Federation, channel: Channel):
         self.settings, self.channel = settings, channel
-        self.round, self.traffic = 0, Traffic()
+        self.round, self.there, self.traffic = 0, frozenset[str](), Traffic()
         self.rates: dict[str, dict[str, float]] = {n: {} for n in settings.devices}
         self.late: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
 
@@ -70,15 +71,15 @@ class Hub:
         waiting: dict[str, Exchange] = {}
         for round_ in range(first, self.settings.rounds):
             self.round, self.traffic = round_, Traffic()
-            there = {n for n in self.settings.devices if not self._befalls("kill", n)}
-            for name in sorted(going.keys() - there):
+            self.there = frozenset(n for n in self.settings.devices if not self._befalls("kill", n))
+            for name in sorted(going.keys() - self.there):
                 going.pop(name).close()
                 waiting.pop(name, None)
-            for name in sorted(there - going.keys()):
+            for name in sorted(self.there - going.keys()):
                 going[name] = start(name)
                 waiting[name] = next(going[name])
             self._one_round(going, waiting)
-            after(round_, self.traffic, frozenset(there))
+            after(round_, self.traffic, self.there)
 
     def _one_round(self, going: Mapping[str, Rounds], waiting: dict[str, Exchange]) -> None:
         """From everyone's rows to everyone's next rows, or the end."""
