@@ -1,6 +1,6 @@
 """Many simulated devices on one resident base model: seconds a round, and the memory that they take beside it.
 
-python benchmarks/federation.py [--devices 200] [--rounds 2] [--model smol]
+python benchmarks/federation.py [--devices 200] [--rounds 2] [--model smol] [--together 4]
 
 Four tasks of sums, drawn here; each device has a share of its task's. One update of one sample a round, whole masks and
 values in the first one, an exchange between all clusters in the second. What is measured is the federation, not what is
@@ -45,11 +45,12 @@ def write_data(folder: Path, devices: int) -> None:
     (folder / "graph.yaml").write_text(yaml.safe_dump({"name": "sums", "rank": 8, "tasks": tasks}))
 
 
-def write_federation(folder: Path, devices: int, rounds: int, model: str) -> Path:
+def write_federation(folder: Path, devices: int, rounds: int, model: str, together: int) -> Path:
     settings = {
         "model": model,
         "rounds": rounds,
         "updates": 1,
+        "together": together,
         "exchange_every": 2,
         "train": {"batch_size": 1, "layers": "top 1/5", "prefix_cache_gb": 0},
         "slices": {"calibration": 1, "allocation": "uniform"},
@@ -66,12 +67,14 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", default="smol")
+    parser.add_argument("--together", type=int, default=1, help="devices in one forward pass")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         write_data(folder / "data", options.devices)
-        settings = load_federation(write_federation(folder, options.devices, options.rounds, options.model))
+        config = write_federation(folder, options.devices, options.rounds, options.model, options.together)
+        settings = load_federation(config)
         reader = open_reader(settings, graph_of_devices(settings))
         base = sum(t.nbytes for t in (*reader.model.parameters(), *reader.model.buffers()))
         blocks = sum(t.nbytes for layer in sparse_layers(reader.model).values() for t in (layer.A, layer.B, layer.mask))
@@ -81,7 +84,7 @@ def main() -> None:
         found = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         kept = sum(f.stat().st_size for f in max((folder / "run" / "kept").iterdir()).iterdir())
     active, memory = sum(p.local.own.active for p in peers.values()), resident(peers.values())
-    print(f"`python benchmarks/federation.py --devices {options.devices} --rounds {options.rounds}`\n")
+    print(f"`python benchmarks/federation.py --devices {options.devices} --rounds {options.rounds} --together {options.together}`\n")
     print(f"{options.devices} devices, {active:,} active entries; {len(found[-1]['clusters'])} clusters")
     print(f"processor: {busy / options.rounds:.1f} s a round, calibration included")
     print(f"base model with {blocks / 1e6:.0f} MB of blocks: {base / 1e6:.0f} MB")
