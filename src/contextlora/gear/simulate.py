@@ -5,7 +5,8 @@ seconds. A transfer leaves when its sender has the data and knows, one delay lat
 rendezvous); it then takes its turn, first come first served, on the medium that all share (half-duplex, twice by way of
 an access point) or on its direction of a dedicated link, and arrives one more delay after its last byte. Devices
 without a backward hold back the next output until the one before has left; trainers end a step when all they sent has
-left. An all-reduce is a ring of 2(n - 1) rounds. An optimizer's update takes no time: no profile has it.
+left, and a pipeline's when the last of them has (they clip by one norm). An all-reduce is a ring of 2(n - 1) rounds. An
+optimizer's update takes no time: no profile has it.
 """
 
 from __future__ import annotations
@@ -222,6 +223,8 @@ class _Running:
         self.parts = {p.device: p for p in (*plan.group.prefix, *plan.group.trainers)}
         self.size = world.problem.cut(plan.group.size)
         self.ends = [0.0] * steps
+        self._over = [Flag(world.clock) for _ in range(steps)]
+        self._working = [len(plan.group.trainers) for _ in range(steps)]
 
     def start(self) -> None:
         for name in self.parts:
@@ -265,6 +268,11 @@ class _Running:
                 yield from left
                 left = []
                 self.ends[step] = max(self.ends[step], world.clock.now)
+                self._working[step] -= 1
+                if not self._working[step]:
+                    self._over[step].rise()
+                if self.plan.group.form == "pipeline":
+                    yield self._over[step]
 
     def _queue(self, name: str) -> Iterator[None]:
         """Posts the receive of one more of the prefix's micro-batches whenever it is asked to, over all steps."""
