@@ -149,7 +149,7 @@ class TestValidation:
             ({"name": "n", "one": {"inner": "0.5"}}, "one.inner: should be a valid number, got '0.5'"),
             ([1], "expected keys and values, got [1]"),
             ("text " * 99, "expected keys and values, got 'text text"),
-            (None, "expected keys and values, got None"),
+            (None, "expected keys and values, got nothing"),
         ],
     )
     def test_one_fault(self, data, says):

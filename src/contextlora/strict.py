@@ -88,7 +88,8 @@ def read_yaml(path: str | Path) -> Any:
 def validate(model: type[Model], data: Any, where: object = "") -> Model:
     """Validates `data`, listing every fault with its path. Raises ConfigError E103."""
     if not isinstance(data, dict):
-        raise ConfigError("E103", f"expected keys and values, got {_show(data)}", where=where)
+        got = "nothing" if data is None else _show(data)  # None is an empty file
+        raise ConfigError("E103", f"expected keys and values, got {got}", where=where)
     try:
         return model.model_validate(data)
     except ValidationError as e:
