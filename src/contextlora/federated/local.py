@@ -135,15 +135,11 @@ def run_together(
     Each has an optimizer, an order of samples and a clipping norm of its own, so all do what they would do alone but
     for rounding. All stand at the same update, and no block that is on for one of them learns for another.
     """
-    model = reader.model
+    model, first = reader.model, turns[0].at
     for turn in turns:
-        at = turn.at
-        if not any(len(m.indices) for m in at.learns.values()):
-            raise PeerError("E608", "has no active entry; calibrate it first", where=turn.task)
-        if at.update + updates > total:
-            raise PeerError("E608", f"{updates} updates after {at.update}, but {total} in all", where=turn.task)
-        load_slice(model, at.block, at.learns)
-    first = turns[0].at
+        _check(turn, updates, total)
+    for turn in turns:
+        load_slice(model, turn.at.block, turn.at.learns)
     phase = Phase(tuple((t.task,) for t in turns), sharing_of(graph_of(model), first.block.task))
     losses: dict[str, list[float]] = {t.task: [] for t in turns}
     with learning_ends(model, phase.sharing):
@@ -157,6 +153,14 @@ def run_together(
                 losses[task].append(loss)
     done = [_after(model, t.at, updates, run.state()) for t, run in zip(turns, stage.runs, strict=True)]
     return [(local, losses[t.task]) for local, t in zip(done, turns, strict=True)]
+
+
+def _check(turn: Turn, updates: int, total: int) -> None:
+    at = turn.at
+    if not any(len(m.indices) for m in at.learns.values()):
+        raise PeerError("E608", "has no active entry; calibrate it first", where=turn.task)
+    if at.update + updates > total:
+        raise PeerError("E608", f"{updates} updates after {at.update}, but {total} in all", where=turn.task)
 
 
 def _after(model: nn.Module, at: Local, updates: int, optimizer: Mapping[str, Tensor]) -> Local:
