@@ -84,7 +84,8 @@ def main() -> None:
         found = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         kept = sum(f.stat().st_size for f in max((folder / "run" / "kept").iterdir()).iterdir())
     active, memory = sum(p.local.own.active for p in peers.values()), resident(peers.values())
-    print(f"`python benchmarks/federation.py --devices {options.devices} --rounds {options.rounds} --together {options.together}`\n")
+    asked = f"--devices {options.devices} --rounds {options.rounds} --together {options.together}"
+    print(f"`python benchmarks/federation.py {asked}`\n")
     print(f"{options.devices} devices, {active:,} active entries; {len(found[-1]['clusters'])} clusters")
     print(f"processor: {busy / options.rounds:.1f} s a round, calibration included")
     print(f"base model with {blocks / 1e6:.0f} MB of blocks: {base / 1e6:.0f} MB")
