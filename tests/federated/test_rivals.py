@@ -167,7 +167,11 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("wire", [EXACT, {"full": "int8", "delta": "int4"}], ids=["values", "differences"])
+@pytest.mark.parametrize(
+    "wire",
+    [pytest.param(EXACT, marks=pytest.mark.slow), {"full": "int8", "delta": "int4"}],
+    ids=["values", "differences"],
+)
 @pytest.mark.parametrize("name", ["ffa", "fedavg_lora", "full", "single_cluster", "lori"])
 def test_a_resumed_run_is_the_uninterrupted_one(words, tmp_path, monkeypatch, name, wire):
     """Stopped between two devices in the third of four rounds, after an exchange that all of them were in."""

@@ -259,7 +259,7 @@ def large(shared):
     return Problem(fleet, dict.fromkeys(names, profile), Work((loads,), 16, 3, 20, 42))
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_eight_devices_and_a_large_model(shared):
     p = large(shared)
     valid(p, exact(p))

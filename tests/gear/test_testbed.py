@@ -231,6 +231,7 @@ def test_a_comparison_without_namespaces(tmp_path):
     check(rows, 0.06)
 
 
+@pytest.mark.slow
 def test_a_comparison_in_namespaces(tmp_path, isolated):
     rows, _ = compare(tmp_path, "--scale", "60")
     assert rows["exact"]["network"] == "medium"

@@ -142,6 +142,7 @@ def test_the_job_of_a_killed_process_is_gone_on_with(recipe: Path, tmp_path: Pat
     assert {i: n[:3] for i, n in numbers(out).items()} == {i: n[:3] for i, n in straight.items()}
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_is_killed(recipe: Path, tmp_path: Path, straight: dict[str, Any]):
     """The other takes its job over, from its checkpoint; whoever waits for both never notices."""
     out, killed = tmp_path / "out", list[int]()
@@ -232,6 +233,7 @@ def test_ctrl_c_on_several_processes(recipe: Path, tmp_path: Path):
             assert free
 
 
+@pytest.mark.slow
 def test_an_error_of_a_process_is_told_as_such(recipe: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="E111"):
         reproduce(recipe, "smoke", out=tmp_path / "o", processes=2, overrides=["train.layers=top third"], silent=True)
