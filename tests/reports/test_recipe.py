@@ -57,6 +57,9 @@ def test_a_preset_leaves_arms_out(tmp_path: Path):
     small = SMALL["presets"]["smoke"]
     recipe = load_recipe(written(tmp_path, presets={"smoke": {**small, "without": ["other"]}}), "smoke")
     assert list(recipe.arms) == ["ours"]
+    assert list(load_recipe(written(tmp_path), "smoke", ["without=[other]"]).arms) == ["ours"]
+    asked = written(tmp_path, presets={"smoke": {**small, "without": ["other"]}})
+    assert list(load_recipe(asked, "smoke", ["arms=[other]"]).arms) == ["other"]
     with pytest.raises(ConfigError, match=r"E115.*othr.*other"):
         load_recipe(written(tmp_path, presets={"smoke": {**small, "without": ["othr"]}}), "smoke")
 

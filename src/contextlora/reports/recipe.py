@@ -97,7 +97,7 @@ class Preset(Strict):
         seeds: how many; they are 0, 1, ...
         arms: what is compared, by the name it is shown under. The first is ours: differences are ours minus each other.
             A list takes arms from recipes/_shared.yaml by name; a preset changes keys of those that are there.
-        without: names of arms that are left out, as too large.
+        without: names of arms that are left out, as too large, unless `arms` is overridden by a list.
     """
 
     model: str = "smol"
@@ -234,15 +234,15 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
         raise ConfigError("E115", text, where=path)
     home = path.parent if str(path) == str(name) else Path()
     data: Any = _at_home(merged(raw, raw.pop("presets")[preset]), home)
-    for name in data.pop("without", ()):
-        _arm(data["arms"], name, path)
-        del data["arms"][name]
     arms = data["arms"]
     for text in overrides:
         data = override(data, text)
-    if isinstance(data["arms"], list):
-        data["arms"] = {n: _arm(arms, n, path) for n in data["arms"]}
+    if isinstance(data["arms"], list):  # who asks for an arm by name gets it, however large
+        data |= {"arms": {n: _arm(arms, n, path) for n in data["arms"]}, "without": []}
     recipe = validate(Recipe, {**data, "name": path.stem, "preset": preset}, path)
+    for name in recipe.without:
+        _arm(recipe.arms, name, path)
+        del recipe.arms[name]
     if not recipe.arms:
         raise ConfigError("E115", "compares nothing; name `arms`", where=path)
     if not recipe.scenarios:
