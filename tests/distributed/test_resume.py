@@ -63,7 +63,6 @@ def updates(tmp_path, device):
     return [line["step"] for line in map(json.loads, lines) if line["stage"] == 0]
 
 
-@pytest.mark.slow
 def test_the_same_plan_ends_with_the_same_bits_and_another_one_within_rounding(tmp_path, words, want):
     """The trainer dies in the second epoch, when all that it needs had been streamed and cached."""
     plan, dies = [[streamed(B, A)], LAST], {"device": "a", "stage": 0, "update": 7}

@@ -233,7 +233,6 @@ def test_ctrl_c_on_several_processes(recipe: Path, tmp_path: Path):
             assert free
 
 
-@pytest.mark.slow
 def test_an_error_of_a_process_is_told_as_such(recipe: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="E111"):
         reproduce(recipe, "smoke", out=tmp_path / "o", processes=2, overrides=["train.layers=top third"], silent=True)
