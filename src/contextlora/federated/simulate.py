@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from contextlora.federated.channel import RadioChannel
 from contextlora.federated.deliver import deliver
-from contextlora.federated.fabric.local import Hub, Traffic
+from contextlora.federated.fabric.local import Hub
 from contextlora.federated.federation import Federation, save_federation
 from contextlora.federated.keep import (
     KEPT,
@@ -82,13 +82,13 @@ def simulate(
     with Tracker(out, quiet=True) as watch, live(settings.rounds, done=kept.round, quiet=silent) as show:
         save_federation(settings, out / "federation.yaml")
 
-        def after(round_: int, traffic: Traffic, there: frozenset[str]) -> None:
-            numbers = devices.standing(round_, traffic, there)
-            watch.log(round_, numbers)  # first: a round that was kept has its line
+        def after() -> None:
+            done, numbers = devices.hub.round, devices.standing()
+            watch.log(done, numbers)  # first: a round that was kept has its line
             if keep:
-                save_all(out / KEPT, run_of(settings), devices.kept(round_ + 1, there))
+                save_all(out / KEPT, run_of(settings), devices.kept())
             devices.once.forget()
-            show(round_, numbers)
+            show(done, numbers)
 
         devices.hub.run(devices.start, kept.round, after)
     for name in sorted(settings.devices.keys() - devices.peers.keys()):  # with nothing left to do
@@ -155,21 +155,21 @@ class _Devices:
         self.peers[name], self._told[name] = peer, Counter()
         return rounds(peer)
 
-    def kept(self, round_: int, there: frozenset[str]) -> Kept:
+    def kept(self) -> Kept:
         """All that the next round begins with."""
         found: dict[str, Any] = {**self.before.devices, **{n: parts_of(p) for n, p in self.peers.items()}}
-        found |= {n: found[n] | known_of(self.peers[n].post) for n in there}
-        return Kept(round_, found, self.hub.late)
+        found |= {n: found[n] | known_of(self.peers[n].post) for n in self.hub.there}
+        return Kept(self.hub.round + 1, found, self.hub.late)
 
-    def standing(self, round_: int, traffic: Traffic, there: frozenset[str]) -> dict[str, Any]:
+    def standing(self) -> dict[str, Any]:
         """A round in numbers, a line of metrics.jsonl. Clusters are those that its first device has found."""
-        alive = [self.peers[n] for n in sorted(there)]
+        alive = [self.peers[n] for n in sorted(self.hub.there)]
         losses = {p.name: sum(p.losses) / len(p.losses) for p in alive if p.losses}
         refused = sum((p.post.refused - self._told[p.name] for p in alive), start=Counter[str]())
         self._told.update({p.name: p.post.refused for p in alive})
-        numbers = asdict(traffic) | {"bytes": dict(traffic.bytes)}
+        numbers = asdict(self.hub.traffic) | {"bytes": dict(self.hub.traffic.bytes)}
         if isinstance(self.channel, RadioChannel):
-            at = self.channel.positions(round_)
+            at = self.channel.positions(self.hub.round)
             numbers["positions"] = {n: [round(float(x), 2) for x in at[i]] for i, n in enumerate(self.channel.devices)}
         groups, collisions = ((c := alive[0].clustering).groups, c.collisions) if alive else ((), ())
         return numbers | {

@@ -50,17 +50,15 @@ class Together:
 
     def _mates(self, peer: Peer) -> Iterator[Peer]:
         """Others that may train with it, by name."""
-        taken = {peer.task}
+        taken, update = {peer.task}, peer.turn().at.update
         if self._bound(peer):
             return
-        for name in sorted(self.hub.there):
-            mate = self.peers[name]
+        for mate in (self.peers[n] for n in sorted(self.hub.there) if n > peer.name):
             if len(taken) == self.most:
                 return
-            if mate.task in taken or self._bound(mate) or (name, peer.round) in self._trained:
+            if mate.task in taken or self._bound(mate) or (mate.name, peer.round) in self._trained:
                 continue
-            alike = mate.round == peer.round and mate.turn().at.update == peer.turn().at.update
-            if alike and mate.prefix is peer.prefix and name > peer.name:
+            if mate.round == peer.round and mate.turn().at.update == update and mate.prefix is peer.prefix:
                 taken.add(mate.task)
                 yield mate
 

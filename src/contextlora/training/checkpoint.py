@@ -20,6 +20,7 @@ from contextlora.lora.attach import adapted_layers
 from contextlora.lora.folder import sync
 
 KEEP = 2
+NAMES = "[0-9]*-[0-9]*"  # stage and update
 FORMAT = 1
 
 
@@ -79,7 +80,7 @@ def _write(part: Path, checkpoint: Checkpoint) -> None:
 
 def left_in(folder: Path) -> bool:
     """Whether a run has left checkpoints in a folder, or below it."""
-    return any(folder.rglob("[0-9]*-[0-9]*"))
+    return any(folder.rglob(NAMES))
 
 
 def load_latest(folder: Path, run: str) -> Checkpoint | None:
@@ -135,7 +136,7 @@ def _read(path: Path) -> Checkpoint | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("[0-9]*-[0-9]*") if p.is_dir()), key=_place, reverse=True)
+    return sorted((p for p in folder.glob(NAMES) if p.is_dir()), key=_place, reverse=True)
 
 
 def _place(path: Path) -> tuple[int, int]:

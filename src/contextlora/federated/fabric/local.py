@@ -43,7 +43,7 @@ class Hub:
 
     Attributes:
         round: the one it is in.
-        there: the devices that are there in it.
+        traffic, there: what it has cost so far, and the devices that are there in it.
         rates: bit/s as each sender has last measured them, with its air to itself, by sender and receiver.
         late: bundles that arrive a round late, by slot and receiver: from whom, and what.
     """
@@ -58,14 +58,14 @@ class Hub:
         self,
         start: Callable[[str], Rounds],
         first: int,
-        after: Callable[[int, Traffic, frozenset[str]], None],
+        after: Callable[[], None],
     ) -> None:
         """All rounds of all devices.
 
         Args:
             start: a device's rounds, from where it was kept; called again when it comes back after a "kill".
             first: round to begin with.
-            after: called at the end of each round with its traffic and the devices that were there.
+            after: called at the end of each round.
         """
         going: dict[str, Rounds] = {}
         waiting: dict[str, Exchange] = {}
@@ -79,7 +79,7 @@ class Hub:
                 going[name] = start(name)
                 waiting[name] = next(going[name])
             self._one_round(going, waiting)
-            after(round_, self.traffic, self.there)
+            after()
 
     def _one_round(self, going: Mapping[str, Rounds], waiting: dict[str, Exchange]) -> None:
         """From everyone's rows to everyone's next rows, or the end."""
