@@ -173,3 +173,28 @@ def test_a_folder_that_has_a_recipes_name_is_not_in_its_way(tmp_path: Path, monk
     assert "no preset 'huge'" in said.stderr
     (tmp_path / "accuracy" / "config.yaml").write_text("data: d\n")
     assert "not a run's folder" in CliRunner().invoke(app, ["report", "accuracy"]).stderr
+
+
+def test_a_recipe_like_another(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("like: noise\ntitle: mine\nseeds: 2\npresets: {laptop: {data: {test: 9}}}\n")
+    mine, noise = load_recipe(path, "laptop"), load_recipe("noise", "laptop")
+    assert (mine.title, mine.name, mine.seeds, mine.data.test) == ("mine", "mine", 2, 9)
+    assert (mine.arms, mine.sweep, mine.read, mine.published) == (noise.arms, noise.sweep, "last", noise.published)
+    assert mine.scenarios == ("iov",)  # of the other's preset
+
+    path.write_text("like: so-lora-scenes\narms: {a: {federation: {aggregate: ffa}}}\npublished: {note: none}\n")
+    mine = load_recipe(path, "laptop")  # what the other's presets say of arms that are not here does not matter
+    assert list(mine.arms) == ["a"]
+    assert (mine.published.note, mine.published.rows) == ("none", {})
+
+    path.write_text("like: nois\n")
+    with pytest.raises(ConfigError, match=r"E115 .*no recipe 'nois' is shipped\. Did you mean 'noise'\?"):
+        load_recipe(path, "laptop")
+
+
+def test_a_frozen_ratio_that_is_the_graphs_is_the_same_job():
+    main = load_recipe("accuracy", "laptop", ["arms=[ContextLoRA]", "seeds=1"])
+    swept = load_recipe("frozen-ratio", "laptop", ["seeds=1"])
+    assert {j.id for j in expand(main)} < {j.id for j in expand(swept)}
+    assert len({j.id for j in expand(swept)}) == 5

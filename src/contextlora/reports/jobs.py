@@ -146,10 +146,10 @@ def _job(recipe: Recipe, name: str, arm: Arm, point: Point, seed: int, data: Dat
     else:
         what |= {"base": base, "device": recipe.device, "context": config.context}
     if arm.kind == "trained":
-        what |= {
-            "graph": graph.to_dict(),
-            "train": config.model_dump(exclude_defaults=True, exclude={"checkpoint_every"}),
-        }
+        train = config.model_dump(exclude_defaults=True, exclude={"checkpoint_every"})
+        if config.frozen_ratio == graph.frozen_ratio:  # said twice, it is the graph's all the same
+            del train["frozen_ratio"]
+        what |= {"graph": graph.to_dict(), "train": train}
     job = Job(name, point, seed, data, arm.kind, config, graph, path, model, base, short(what), poisoned, federation)
     return job if arm.kind == "trained" else replace(job, graph=data.graph)
 

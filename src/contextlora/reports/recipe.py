@@ -193,7 +193,7 @@ class _Comparison(Preset):
 
 
 class RecipeFile(_Comparison):
-    """A recipe as written, with its presets."""
+    """A recipe as written, with its presets. `like: NAME` on top takes over what it does not say itself."""
 
     presets: dict[str, Preset] = Field(default_factory=dict)
 
@@ -227,7 +227,7 @@ def load_recipe(name: str | Path, preset: str, overrides: Iterable[str] = ()) ->
         ConfigError: E101 to E103, E107; E115 an unknown recipe or preset, E116 an unknown scenario.
     """
     path = _find(str(name))
-    raw = _with_shared(read_yaml(path), path)
+    raw = _with_shared(_read(path), path)
     written = validate(RecipeFile, raw, path)
     if preset not in written.presets:
         text = f"no preset '{preset}'.{did_you_mean(preset, written.presets)} There are: {', '.join(written.presets)}"
@@ -267,6 +267,25 @@ def _find(name: str) -> Path:
         text = f"no recipe and no run's folder '{name}'.{did_you_mean(name, known)} Recipes: {', '.join(known)}"
         raise ConfigError("E115", text, where="report")
     return Path(str(SHIPPED / f"{name}.yaml"))
+
+
+def _read(path: Path) -> Any:
+    """A recipe's YAML, on top of that of the shipped recipe it is `like`; arms and published numbers are never mixed.
+
+    Raises ConfigError E115 for one that is not shipped.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict) or "like" not in raw:
+        return raw
+    other = raw.pop("like")
+    if other not in (known := recipes()):
+        text = f"like: no recipe '{other}' is shipped.{did_you_mean(str(other), known)} There are: {', '.join(known)}"
+        raise ConfigError("E115", text, where=path)
+    base = _read(_find(other))
+    if "arms" in raw:
+        for preset in base["presets"].values():
+            preset.pop("without", None)
+    return merged(base, raw) | {k: raw[k] for k in ("arms", "published") if k in raw}
 
 
 def _with_shared(raw: Any, path: Path) -> Any:
