@@ -1,6 +1,7 @@
 """ContextGear beside what people use today, on emulated fleets: one run, the same samples, bytes counted.
 
     python benchmarks/gear [--quick] [--only NAME ...] [--methods NAME ...] [--scale 20] [--csv FILE]
+    python benchmarks/gear --summary FILE [FILE ...]
 
 Every method's gradients are compared with a single process's before anything is timed. See docs/gear.md.
 """
@@ -18,7 +19,7 @@ import torch
 from configurations import CONFIGURATIONS, QUICK, Configuration
 from methods import METHODS, Row, compared, run
 from model import BYTES, reference, thin
-from report import markdown
+from report import markdown, read, summary
 from testbed import goodput, isolate
 
 
@@ -41,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-namespaces", action="store_true", help="the degraded network, even where a better one is possible"
     )
+    parser.add_argument(
+        "--summary", nargs="+", type=Path, metavar="FILE", help="run nothing: sum up what --csv wrote earlier"
+    )
     asked = parser.parse_args(arguments)
+    if asked.summary:
+        print(summary([row for path in asked.summary for row in read(path)]))
+        return
     why = "asked not to" if asked.no_namespaces else isolate()
     if why:
         print(f"No network namespaces ({why}): loopback with paced sockets, a link for each pair and direction.")
@@ -57,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 table = csv.DictWriter(f, list(asdict(rows[0])))
                 table.writeheader()
                 table.writerows(asdict(r) for r in rows)
+    if len(todo) > 1:
+        print(summary(rows))
 
 
 def measured(configuration: Configuration, methods: Sequence[str], scale: float) -> list[Row]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean, median
 
 from configurations import Configuration
 from methods import OURS, Row, valid
@@ -66,3 +70,33 @@ def _verdict(rows: Sequence[Row]) -> list[str]:
     above = 100 * (exact.seconds / quickest.seconds - 1)
     lines.append(f"* of our plans the quickest is {quickest.method}; exact is {above:.1f} % above it")
     return lines
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Every method over the configurations that it ran on: time beside exact's, and how far predictions were off."""
+    done = [r for r in rows if not r.failed]
+    lines = [
+        "### All configurations",
+        "",
+        "| method | configurations | all / exact: least, median, most | cost model off, mean | simulator off, mean |",
+        "|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(r.method for r in done):
+        some = [r for r in done if r.method == method]
+        ratios = [r.ratio for r in some if r.ratio]
+        beside = f"{min(ratios):.2f}, {median(ratios):.2f}, {max(ratios):.2f}" if ratios else ""
+        lines.append(f"| {method} | {len(some)} | {beside} | {_off(some)} |")
+    return "\n".join([*lines, f"| all plans | {sum(r.predicted > 0 for r in done)} | | {_off(done)} |", ""])
+
+
+def _off(rows: Sequence[Row]) -> str:
+    """Mean absolute deviations of the cost model and of the simulator from what was measured, as two cells."""
+    both = [[abs(said / r.seconds - 1) for r in rows if (said := getattr(r, by))] for by in ("predicted", "simulated")]
+    return " | ".join(f"{100 * fmean(off):.1f} %" if off else "" for off in both)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file that `--csv` wrote."""
+    kinds = {f.name: {"str": str, "float": float, "int": int}[str(f.type)] for f in fields(Row)}
+    with path.open(newline="") as f:
+        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(f)]
