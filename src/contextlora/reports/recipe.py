@@ -92,6 +92,7 @@ class Preset(Strict):
         scenarios: names of drawn scenarios, or data folders.
         federation: of measures of federations: keys of their YAML. Data, model, training and devices come from here.
         devices: how many there are; the i-th has task i modulo the number of tasks.
+        split: what is measured on.
         questions: of each task that are asked, drawn once; None asks all.
         sweep: keys of TrainConfig, each with the values it takes; all combinations are run. Of federations, `devices`.
         seeds: how many; they are 0, 1, ...
@@ -109,6 +110,7 @@ class Preset(Strict):
     scenarios: Names = ()
     federation: dict[str, Any] = Field(default_factory=dict)
     devices: Annotated[int, Field(ge=1, le=1000)] = 4
+    split: Literal["test", "valid"] = "test"
     questions: Annotated[int, Field(ge=1)] | None = None
     sweep: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(default_factory=dict)
     seeds: Annotated[int, Field(ge=1, le=100)] = 5
@@ -149,7 +151,6 @@ class _Comparison(Preset):
             and gradients that explain a result). Of federations: "federated" (share of right answers), "layers"
             (entropy and budget of every layer), "collisions" (rates by number of devices) or "radio".
         poisoned: of `repair`, the task whose training answers are shuffled, by scenario or by a data folder's name.
-        split: what is measured on.
         read: the tasks that tables and figure show: all, or the last of the graph. results.csv has all of them.
         figure: bars by task, or lines over the sweep.
         published: the paper's numbers.
@@ -159,7 +160,6 @@ class _Comparison(Preset):
     paper: str
     measure: Measure = "accuracy"
     poisoned: dict[str, str] = Field(default_factory=dict)
-    split: Literal["test", "valid"] = "test"
     read: Literal["all", "last"] = "all"
     figure: Literal["bars", "lines"] = "bars"
     published: Published = Published()
