@@ -108,6 +108,27 @@ def test_memory_stays_within_the_budget_and_the_rest_is_recomputed(runs, words, 
         assert outside
 
 
+@every_family
+def test_what_ran_ahead_is_used_once_and_is_bit_equal(runs, words, pictures, family):
+    data = words if family is tiny.llama else pictures
+    model, reader, prefix, samples = prepared(runs, data, family, budget=0, dtype=torch.float32)
+    calls, first, second = counting(model), *(collate(samples[i : i + 3], reader.encoder.pad) for i in (0, 3))
+
+    def loss(batch):
+        inputs = reader.inputs(batch)
+        with torch.no_grad(), model.tasks(batch.tasks), prefix.replay(batch, inputs):
+            return answer_nll(model, inputs, batch)
+
+    want = [loss(first), loss(second)]
+    prefix.run_ahead(first)
+    assert len(calls) == 3
+    assert torch.equal(loss(first), want[0])
+    assert len(calls) == 3  # it was there
+    assert torch.equal(loss(first), want[0])
+    assert torch.equal(loss(second), want[1])
+    assert len(calls) == 5
+
+
 def test_the_same_question_of_two_tasks_is_kept_once(runs, words):
     _model, _reader, prefix, samples = prepared(runs, words)
     before, left = dict(prefix._group_of), prefix._left

@@ -33,6 +33,7 @@ LEARNING = 16  # bytes a trained parameter takes: float32 value, gradient and Ad
 HELD = 4  # bytes of one that is only read
 TINY = 1e-30  # seconds, where something takes none, so that shares by speed exist
 QUEUE = 2  # micro-batches that wait between a prefix and its trainers
+AHEAD = 16  # at most so many are taken through the frozen units while gradients are summed
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Step:
 
     Attributes:
         seconds: in the long run, prefix streaming ahead.
-        fill: seconds before the trainers' first micro-batch can begin, paid once.
+        fill: seconds paid once: before the trainers' first micro-batch can begin, or in the last step, whose sum of
+            gradients has no further step to hide.
         air: seconds of its transfers on a shared medium.
         busy: computing seconds by device.
         sent: bytes by device.
@@ -156,7 +158,7 @@ def step(problem: Problem, group: Group, micro: int, fresh: int) -> Step:
     else:
         trainers = _pipeline(problem, group, micro, fresh, busy, sent)
     if not group.prefix:
-        return Step(trainers.seconds, 0.0, trainers.air, busy, sent)
+        return Step(trainers.seconds, trainers.fill, trainers.air, busy, sent)
     ahead = _prefix(problem, group, fresh, busy, sent)
     seconds = max(trainers.seconds, ahead.seconds)
     if problem.fleet.shared:
@@ -172,15 +174,27 @@ class _Share:
 
 
 def _data(p: Problem, g: Group, micro: int, busy: dict[str, float], sent: dict[str, float]) -> _Share:
-    """Micro-batches dealt by speed, then the slices' gradients summed: each goes once around a ring and back."""
+    """Micro-batches dealt by speed, then the slices' gradients summed: each goes once around a ring and back.
+
+    Meanwhile trainers run the next step's first micro-batches through the frozen units, so that a step in the long run
+    takes the ring and the longest of what is left.
+    """
     each = [there_and_back(p, t, g) for t in g.trainers]
     dealt = deal(micro, each)
     n, size = len(g.trainers), p.slice_bytes(g.tasks)
     for t, count, seconds in zip(g.trainers, dealt, each, strict=True):
         busy[t.device] += count * seconds
         sent[t.device] += 2 * (n - 1) / n * size
-    air, seconds = _ring(p, [t.device for t in g.trainers], size)
-    return _Share(max(c * s for c, s in zip(dealt, each, strict=True)) + seconds, air)
+    air, ring = _ring(p, [t.device for t in g.trainers], size)
+    whole = max(c * s for c, s in zip(dealt, each, strict=True))
+    hidden = [min(ring, min(c, AHEAD) * frozen(p, g, t)) for t, c in zip(g.trainers, dealt, strict=True)]
+    rest = max(c * s - h for c, s, h in zip(dealt, each, hidden, strict=True))
+    return _Share(rest + ring, air, whole - rest)
+
+
+def frozen(p: Problem, g: Group, part: Part) -> float:
+    """Seconds that a data-parallel trainer takes one micro-batch through the frozen units, unless others do that."""
+    return 0.0 if g.prefix else p.forward(part.device, 0, p.work.lowest, g.size)
 
 
 def there_and_back(p: Problem, part: Part, g: Group) -> float:
@@ -289,11 +303,13 @@ def memory_of(problem: Problem, group: Group, micro: int) -> dict[str, float]:
     """Bytes by device, at the worst moment of a step of `micro` micro-batches."""
     k, found, n = group.size, {}, len(group.trainers)
     waiting = QUEUE * problem.cut(k) if group.prefix else 0.0
+    ahead = AHEAD * problem.cut(k) if problem.work.lowest else 0.0
     samples = sum(problem.loads[t].samples for t in group.tasks)
     cached = problem.cut(1) * samples if group.cache else 0.0
     for i, part in enumerate(group.trainers):
         in_flight = min(n - i, micro) if group.form == "pipeline" else 1
-        kept = (waiting + cached) if i == 0 else waiting if group.form == "data" else 0.0
+        first = waiting + cached if i == 0 else 0.0
+        kept = (waiting or ahead) if group.form == "data" else first
         found[part.device] = problem.memory(part, group.tasks, k, in_flight, kept)
     for part in group.prefix:
         found[part.device] = problem.memory(part, (), k, 0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from contextlora.gear.cost import TINY
+from contextlora.gear.cost import AHEAD, TINY
 from contextlora.gear.options import STREAMED, Cell, Options, Prefixes, Rows
 from contextlora.gear.pipelines import PLAIN, Probe
-from contextlora.gear.tables import Array, Case, deal_all, step
+from contextlora.gear.tables import Array, Case, deal_all, done_all, step
 
 MOST = 1 << 19  # rows at once, to bound memory
 
@@ -25,23 +25,33 @@ def without_prefix(o: Options) -> None:
             seconds = (case.steps * case.micro * (case.pace.both[:, -1:] - skip)).sum(-1)
             seconds = np.where(fits, seconds, np.inf)
             o.keep(o.base[k, "local", 1] + x, one, seconds, np.inf, 0 * x, one)
-        for masks, seconds in _data(o, case, cut=0):
+        for masks, seconds, hidden in _data(o, case, cut=0):
             slot = np.full(len(masks), o.base[k, "data", masks[0].item().bit_count()])
-            o.keep(slot, masks, (case.steps[:, None] * seconds).sum(0), 0.0, 0 * masks, masks)
+            total = (case.steps[:, None] * seconds).sum(0) + hidden.max(0)
+            o.keep(slot, masks, total, 0.0, 0 * masks, masks)
 
 
-def _data(o: Options, case: Case, cut: int) -> list[tuple[Array, Array]]:
-    """By number of devices: sets, and seconds of a step in each run of steps, (runs, sets)."""
+def _data(o: Options, case: Case, cut: int) -> list[tuple[Array, Array, Array]]:
+    """By number of devices: sets, seconds of a step in each run of steps, and what it hides of the ring, (runs, sets).
+
+    Mirrors `cost`: behind a streamed prefix nothing runs ahead, and nothing is hidden.
+    """
     end = o.pipelines[case.k].units
-    fits = case.reach(1, case.waiting if cut else 0.0)[:, cut] >= end
+    fits = case.reach(1, case.waiting if cut else case.ahead)[:, cut] >= end
+    frozen = 0.0 * case.pace.forward[:, 0] if cut else case.pace.forward[:, o.lowest]
     each = np.where(fits, case.pace.both[:, -1] - case.pace.both[:, cut], np.inf)
     found = []
     for n in range(2, o.sets.devices + 1):
         masks = o.sets.of_size[n]
         masks = masks[(fits | ~o.sets.member[masks]).all(-1)]
         if len(masks):
-            member = np.where(o.sets.member[masks], each, np.inf)
-            found.append((masks, np.array([deal_all(int(m), member) for m in case.micro]) + o.ring[masks, 0]))
+            member, ring = np.where(o.sets.member[masks], each, np.inf), o.ring[masks, 0]
+            dealt = np.array([deal_all(int(m), member) for m in case.micro])
+            whole = done_all(dealt, np.broadcast_to(member, dealt.shape))
+            ahead = np.minimum(ring[:, None], np.minimum(dealt, AHEAD) * frozen)
+            busy = np.multiply(dealt, np.maximum(member, TINY), out=np.zeros(dealt.shape), where=dealt > 0)
+            rest = (busy - ahead).max(-1)
+            found.append((masks, rest + ring, whole - rest))
     return found
 
 
@@ -60,7 +70,7 @@ def streamed_without_pipeline(o: Options, limit: float, useful: Array) -> None:
             stream(o, case, o.prefixes[k], rows, cached, limit, useful)
         for cut in range(1, o.lowest + 1):
             speeds = 1 / np.maximum(case.pace.both[:, -1] - case.pace.both[:, cut], TINY)
-            for masks, step in _data(o, case, cut):
+            for masks, step, _ in _data(o, case, cut):
                 to = np.arange(len(masks))  # all trainers of a set receive
                 shares = o.sets.member[masks] * speeds
                 ahead = o.prefixes[k] if o.shared else o.prefixes[k].mean(shares / shares.sum(-1, keepdims=True), cut)

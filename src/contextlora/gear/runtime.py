@@ -24,7 +24,7 @@ from contextlora.data.collate import Sample, collate
 from contextlora.data.records import Example
 from contextlora.errors import PlanError, RunError
 from contextlora.evaluation.evaluate import Answers, context_for
-from contextlora.gear.cost import QUEUE
+from contextlora.gear.cost import AHEAD, QUEUE
 from contextlora.gear.plan import Group, Part, Plan, deal
 from contextlora.gear.stream import Piece, Receiver, Sender
 from contextlora.lora.attach import decoder_layers, gated_layers
@@ -190,7 +190,7 @@ class TeamStage(Stage):
         for batch in self._mine(batches):
             for task, value in self._backward(collate(batch, self.reader.encoder.pad), tokens).items():
                 losses[task] += value
-        return self._summed(runs, losses)
+        return self._summed(runs, losses, update)
 
     def _tokens(self, runs: Sequence[TaskRun], batches: Sequence[list[Sample]]) -> dict[str, int]:
         """Answer tokens of the update by run, on all devices together."""
@@ -206,7 +206,7 @@ class TeamStage(Stage):
         users = dealt(g.trainers, len(batches))
         return [b for b, i in zip(batches, users, strict=True) if g.trainers[i].device == self.team.me]
 
-    def _summed(self, runs: Sequence[TaskRun], losses: dict[str, float]) -> dict[str, float]:
+    def _summed(self, runs: Sequence[TaskRun], losses: dict[str, float], update: int) -> dict[str, float]:
         """Gradients and losses of all trainers together, in one message. Raises RunError E529."""
         parameters = [p for r in runs for p in r.parameters]
         got = torch.tensor([p.grad is not None for p in parameters], dtype=parameters[0].dtype)
@@ -216,7 +216,9 @@ class TeamStage(Stage):
         if self.team.trainers is not None:
             told = torch.tensor(list(losses.values()), dtype=got.dtype)
             message = torch.cat([*(p.grad.flatten().cpu() for p in parameters if p.grad is not None), told, got])
-            dist.all_reduce(message, group=self.team.trainers)
+            on_its_way = dist.all_reduce(message, group=self.team.trainers, async_op=True)
+            self._run_ahead(update + 1, on_its_way)
+            on_its_way.wait()
             *grads, told, got = message.split([*(p.numel() for p in parameters), len(losses), len(parameters)])  # type: ignore[no-untyped-call]
             for p, g in zip(parameters, grads, strict=True):
                 assert p.grad is not None
@@ -225,6 +227,16 @@ class TeamStage(Stage):
         if not got.all():  # it would silently stay as it is
             raise RunError("E529", f"{int((got == 0).sum())} of {len(got)} trainable parameters got no gradient")
         return losses
+
+    def _run_ahead(self, update: int, meanwhile: Any) -> None:
+        """Takes an update's first micro-batches through the frozen layers, as long as a message is on its way."""
+        if self.team.group.prefix or not self.prefix.depth:
+            return
+        batches = micro_batches(active(self.runs, update, self.done), update, self.team.group.size)
+        for batch in self._mine(batches)[:AHEAD]:
+            if meanwhile.is_completed():
+                return
+            self.prefix.run_ahead(collate(batch, self.reader.encoder.pad))
 
 
 def prefix_of(team: Team, reader: ImageFeatures, runs: Sequence[Order], total: int, done: Mapping[str, int]) -> Any:

@@ -5,8 +5,9 @@ seconds. A transfer leaves when its sender has the data and knows, one delay lat
 rendezvous); it then takes its turn, first come first served, on the medium that all share (half-duplex, twice by way of
 an access point) or on its direction of a dedicated link, and arrives one more delay after its last byte. Devices
 without a backward hold back the next output until the one before has left; trainers end a step when all they sent has
-left, and a pipeline's when the last of them has (they clip by one norm). An all-reduce is a ring of 2(n - 1) rounds. An
-optimizer's update takes no time: no profile has it.
+left, and a pipeline's when the last of them has (they clip by one norm). An all-reduce is a ring of 2(n - 1) rounds;
+meanwhile its trainers take the next step's first micro-batches through the frozen units. An optimizer's update takes no
+time: no profile has it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from contextlora.gear import cost
 from contextlora.gear.clock import Clock, Flag, Process
-from contextlora.gear.cost import QUEUE, Problem
+from contextlora.gear.cost import AHEAD, QUEUE, Problem
 from contextlora.gear.plan import Group, Plan, PlannedStage
 from contextlora.gear.schedule import COMPUTE, Kind, Op, Schedule, schedule
 
@@ -225,6 +226,7 @@ class _Running:
         self.ends = [0.0] * steps
         self._over = [Flag(world.clock) for _ in range(steps)]
         self._working = [len(plan.group.trainers) for _ in range(steps)]
+        self._ahead = set[tuple[str, int, int]]()  # device, step and micro-batch that the frozen units have seen
 
     def start(self) -> None:
         for name in self.parts:
@@ -263,7 +265,10 @@ class _Running:
                     yield world.transfer(self._key(step, op, name), self.size).arrived
                     next(queue, None)
                 elif op.kind is Kind.REDUCE:
-                    yield from self._reduce(name, step)
+                    summed = Flag(world.clock)
+                    world.clock.begin(self._reduce(name, step, summed))
+                    yield from self._run_ahead(name, step + 1, summed)
+                    yield summed
             if trains:
                 yield from left
                 left = []
@@ -289,11 +294,25 @@ class _Running:
             seconds = p.backward(name, part.start, part.stop, g.size)
         else:
             seconds = p.forward(name, g.cut if cached else part.start, part.stop, g.size)
+            if (name, step, op.micro) in self._ahead:
+                seconds -= p.forward(name, 0, p.work.lowest, g.size)
         start = self.world.clock.now
         yield start + seconds
         self.world.events.append(Event(name, op.kind, self.index, step, op.micro, start, start + seconds))
 
-    def _reduce(self, name: str, step: int) -> Process:
+    def _run_ahead(self, name: str, step: int, until: Flag) -> Process:
+        """Takes micro-batches of a step through the frozen units, as long as the flag is down."""
+        clock, mine = self.world.clock, [op.micro for op in self.plan.ops[name] if op.kind is Kind.FORWARD]
+        seconds = cost.frozen(self.world.problem, self.plan.group, self.parts[name])
+        for micro in mine[:AHEAD] if seconds and step < self.steps else ():
+            if until.up:
+                return
+            start = clock.now
+            yield start + seconds
+            self._ahead.add((name, step, micro))
+            self.world.events.append(Event(name, Kind.FORWARD, self.index, step, micro, start, clock.now))
+
+    def _reduce(self, name: str, step: int, done: Flag) -> Process:
         """Receives of all rounds stand open from the start; each round passes on what the one before brought."""
         world, ring = self.world, [t.device for t in self.plan.group.trainers]
         at, n, start = ring.index(name), len(ring), world.clock.now
@@ -306,3 +325,4 @@ class _Running:
             yield coming[r]
             yield gone
         world.events.append(Event(name, Kind.REDUCE, self.index, step, -1, start, world.clock.now))
+        done.rise()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from contextlora.gear.cost import HELD, LEARNING, QUEUE, TINY, Problem
+from contextlora.gear.cost import AHEAD, HELD, LEARNING, QUEUE, TINY, Problem
 from contextlora.gear.work import TaskLoad
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -149,7 +149,7 @@ class Case:
     Attributes:
         steps, micro: of every run of equal steps, n_r and M_r.
         fresh: by whether there is a cache, micro-batches of such a step that begin at the data, F_r.
-        waiting, cached: bytes that a first trainer keeps for a streamed prefix, and for a cache.
+        waiting, cached, ahead: bytes that a trainer keeps for a streamed prefix, for a cache, and of what runs ahead.
         full: micro-batches of a step in which all tasks are active.
     """
 
@@ -163,6 +163,7 @@ class Case:
         first = np.array([math.ceil(first * work.batch / k) for _, _, first in runs])
         self.fresh = {False: self.micro, True: np.minimum(first, self.micro)}
         self.waiting = QUEUE * problem.cut(k)
+        self.ahead = AHEAD * problem.cut(k) if work.lowest else 0.0
         self.cached = problem.cut(1) * sum(t.samples for t in tasks)
         self.full = math.ceil(len(tasks) * work.batch / k)
 
@@ -191,14 +192,14 @@ def step(fill: Array, rate: Array | float, micro: int, stages: int) -> Array:
 
 
 def deal_all(count: int, seconds: Array) -> Array:
-    """Seconds until `count` equal pieces are done by workers on the last axis, dealt as by `plan.deal`; inf: absent.
+    """How many of `count` equal pieces workers on the last axis get, dealt as by `plan.deal`; of inf seconds: absent.
 
     Within T = count / sum(1 / seconds), no more than `count` pieces can be done, and the best deal takes no less: so
     every worker gets the floor(T / seconds) pieces that it finishes by then, and the few that are left go one by one.
     Where nobody is there, one piece waits for ever.
     """
     if count == 0:
-        return np.zeros(seconds.shape[:-1])
+        return np.zeros(seconds.shape)
     each = np.maximum(seconds, TINY).reshape(-1, seconds.shape[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
         least = count / (1 / each).sum(-1)
@@ -211,8 +212,14 @@ def deal_all(count: int, seconds: Array) -> Array:
         dealt[rows, to] += 1
         left[rows] -= 1
         rows = rows[left[rows] > 0]
-    done: Array = np.multiply(dealt, each, out=np.zeros(each.shape), where=dealt > 0).max(-1)
-    return done.reshape(seconds.shape[:-1])
+    counts: Array = dealt.reshape(seconds.shape)
+    return counts
+
+
+def done_all(dealt: Array, seconds: Array) -> Array:
+    """Seconds until the last of the workers on the last axis is done with what it was dealt."""
+    done: Array = np.multiply(dealt, np.maximum(seconds, TINY), out=np.zeros(dealt.shape), where=dealt > 0).max(-1)
+    return done
 
 
 def bits(mask: int) -> list[int]:

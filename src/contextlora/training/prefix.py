@@ -73,6 +73,7 @@ class FrozenPrefix:
         self._left = budget_bytes
         self._group_of: dict[str, list[Sample]] = {}
         self._kept: dict[str, Tensor] = {}
+        self._ahead: dict[tuple[str, ...], Tensor] = {}
 
     def admit(self, samples: Sequence[Sample]) -> None:
         """Decides which of `samples` will be kept: in groups of similar length while the budget lasts."""
@@ -97,6 +98,11 @@ class FrozenPrefix:
         with standing_in(list(self.stack[: self.depth]), self._hidden(batch, inputs)):
             yield
 
+    def run_ahead(self, batch: Batch) -> None:
+        """Computes now what `replay` of this very batch will ask for next, once; it is kept until then."""
+        hidden = self._hidden(batch, self.reader.inputs(batch))
+        self._ahead[tuple(s.key for s in batch.samples)] = hidden
+
     def fill(self) -> None:
         """Computes all that was admitted now, instead of when it is first asked for."""
         for group in {id(g): g for g in self._group_of.values()}.values():
@@ -105,6 +111,8 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def _hidden(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        if (ready := self._ahead.pop(tuple(s.key for s in batch.samples), None)) is not None:
+            return ready
         if any(s.key not in self._group_of for s in batch.samples):
             return self._compute(inputs)
         for s in batch.samples:
