@@ -118,3 +118,22 @@ def test_a_killed_device_is_done_without_and_rejoins(home):
     again = lines(home, "cat", "killed")[kept:]
     assert again[0]["step"] >= kept, "in the others' round"
     assert json.loads((home / "cat.json").read_text())["heard"] == sorted(DEVICES)
+
+
+@pytest.mark.slow
+def test_clusters_follow_the_rates_that_real_devices_measure(home):
+    """On the map nobody reaches anybody; what the exchange between clusters then measures lets all three meet."""
+    text = (home / "federation.yaml").read_text()
+    far = {"radius": "2000 km", "outage": 0.001, "measured": True, "control": "full"}
+    (home / "federation.yaml").write_text(yaml.safe_dump({**yaml.safe_load(text), "name": "far", "radio": far}))
+    try:
+        workers = [start(home, name, "--small-chunks") for name in DEVICES]
+        for w in workers:
+            finished(w)
+    finally:
+        (home / "federation.yaml").write_text(text)
+    seen = [[r["clusters"] for r in lines(home, name, "far")] for name in DEVICES]
+    assert seen[0] == seen[1] == seen[2], "all plan over the same told rates"
+    alone, *_, last = seen[0]
+    assert sorted(alone) == [["ant"], ["bee"], ["cat"]]
+    assert sorted(last) == [["ant", "bee", "cat"]]
