@@ -7,7 +7,7 @@ import numpy as np
 from contextlora.gear.cost import AHEAD, TINY
 from contextlora.gear.options import STREAMED, Cell, Options, Prefixes, Rows
 from contextlora.gear.pipelines import PLAIN, Probe
-from contextlora.gear.tables import Array, Case, deal_all, done_all, step
+from contextlora.gear.tables import Array, Case, busy_all, deal_all, step
 
 MOST = 1 << 19  # rows at once, to bound memory
 
@@ -47,11 +47,9 @@ def _data(o: Options, case: Case, cut: int) -> list[tuple[Array, Array, Array]]:
         if len(masks):
             member, ring = np.where(o.sets.member[masks], each, np.inf), o.ring[masks, 0]
             dealt = np.array([deal_all(int(m), member) for m in case.micro])
-            whole = done_all(dealt, np.broadcast_to(member, dealt.shape))
-            ahead = np.minimum(ring[:, None], np.minimum(dealt, AHEAD) * frozen)
-            busy = np.multiply(dealt, np.maximum(member, TINY), out=np.zeros(dealt.shape), where=dealt > 0)
-            rest = (busy - ahead).max(-1)
-            found.append((masks, rest + ring, whole - rest))
+            busy = busy_all(dealt, np.broadcast_to(member, dealt.shape))
+            rest = (busy - np.minimum(ring[:, None], np.minimum(dealt, AHEAD) * frozen)).max(-1)
+            found.append((masks, rest + ring, busy.max(-1) - rest))
     return found
 
 

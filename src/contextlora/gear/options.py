@@ -20,7 +20,7 @@ import numpy as np
 
 from contextlora.gear.pipelines import CACHED, WAITING, Pipelines, Probe
 from contextlora.gear.rings import Rings
-from contextlora.gear.tables import Array, Bytes, Case, Pace, Sets, bits, deal_all, done_all
+from contextlora.gear.tables import Array, Bytes, Case, Pace, Sets, bits, busy_all, deal_all
 from contextlora.gear.work import TaskLoad
 
 STREAMED = {"streamed": (False, WAITING), "cached": (True, CACHED)}
@@ -117,7 +117,8 @@ class Prefixes:
 
 
 def _until(count: int | None, seconds: Array) -> Array:
-    return seconds.min(-1) if count is None else done_all(deal_all(count, seconds), seconds)
+    found: Array = seconds.min(-1) if count is None else busy_all(deal_all(count, seconds), seconds).max(-1)
+    return found
 
 
 class Options:

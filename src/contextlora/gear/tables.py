@@ -216,10 +216,10 @@ def deal_all(count: int, seconds: Array) -> Array:
     return counts
 
 
-def done_all(dealt: Array, seconds: Array) -> Array:
-    """Seconds until the last of the workers on the last axis is done with what it was dealt."""
-    done: Array = np.multiply(dealt, np.maximum(seconds, TINY), out=np.zeros(dealt.shape), where=dealt > 0).max(-1)
-    return done
+def busy_all(dealt: Array, seconds: Array) -> Array:
+    """Seconds that workers need for what they were dealt, `seconds` for a piece; 0 for who is absent."""
+    busy: Array = np.multiply(dealt, np.maximum(seconds, TINY), out=np.zeros(dealt.shape), where=dealt > 0)
+    return busy
 
 
 def bits(mask: int) -> list[int]:
