@@ -67,7 +67,7 @@ KINDS: Mapping[str, Kind] = {
         version=2,
     ),
     "masks": Kind("accuracy", "accuracy", _SHARE, part="masked", whole="nothing"),
-    "federated": Kind("accuracy", "accuracy", _SHARE, arms=("trained", "zero_shot")),
+    "federated": Kind("accuracy", "accuracy", _SHARE, arms=("trained", "zero_shot"), version=2),
     "layers": Kind("share", "share of B that learns", _SHARE, part="what", whole="budget"),
     "collisions": Kind("rate", "collision rate", _SMALL, part="devices", whole="all"),
     "radio": Kind("value", "value", _PLAIN, part="what", whole="reached"),
