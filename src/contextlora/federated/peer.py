@@ -37,7 +37,7 @@ from contextlora.training.prefix import FrozenPrefix
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-PROMPTS = 64  # at least, if there are: of 8 the gate has too tight a notion of what is foreign, and loses 6 % of its own
+PROMPTS = 64  # at least, if there are: of 8 the gate has too tight a notion of what is foreign, and loses its own
 Trainer = Callable[["Peer"], together.Trained]
 Sends = Sequence[tuple[tuple[str, ...], list[bytes]]]
 
