@@ -38,7 +38,7 @@ def _data(o: Options, case: Case, cut: int) -> list[tuple[Array, Array, Array]]:
     """
     end = o.pipelines[case.k].units
     fits = case.reach(1, case.waiting if cut else case.ahead)[:, cut] >= end
-    frozen = 0.0 * case.pace.forward[:, 0] if cut else case.pace.forward[:, o.lowest]
+    frozen = 0.0 if cut else case.pace.forward[:, o.lowest]
     each = np.where(fits, case.pace.both[:, -1] - case.pace.both[:, cut], np.inf)
     found = []
     for n in range(2, o.sets.devices + 1):
