@@ -37,7 +37,7 @@ from contextlora.training.prefix import FrozenPrefix
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-PROMPTS = 64  # at least, if there are: of 8 the gate has too tight a notion of what is foreign, and loses its own
+PROMPTS = 64  # of a task, if there are: of 8 the gate has too tight a notion of what is foreign, and loses its own
 Trainer = Callable[["Peer"], together.Trained]
 Sends = Sequence[tuple[tuple[str, ...], list[bytes]]]
 
@@ -111,7 +111,8 @@ class Peer:
         s = self.settings
         self._load_prerequisites()
         self.start(first_local(self.reader, self.examples, self.task, s, self.prefix))
-        count = max(s.slices.calibration, math.ceil(PROMPTS / s.train.batch_size))
+        sharing = sum(d.task == self.task for d in s.devices.values())  # whose means are one in the gate
+        count = max(s.slices.calibration, math.ceil(PROMPTS / s.train.batch_size / sharing))
         batches = first_batches(self.reader, self.examples, self.task, s.train, count)
         pooled = [pooled_prompts(self.reader.model, self.reader.inputs(b), prompt=b.prompt) for b in batches]
         mean = TaskMean.of(np.concatenate(pooled))
