@@ -525,6 +525,11 @@ def test_init_imports_instructions(tmp_path: Path):
     (tmp_path / "even.json").write_text(json.dumps(asked))
     made = Path(ok("init", tmp_path / "p", "--instructions", tmp_path / "even.json")["config"])
     assert yaml.safe_load((made.parent / "data/graph.yaml").read_text())["tasks"].keys() == {"even"}
+    quiz = "what croaks ? Answer1: a frog Answer2: a stone\nAnswer format: answer1/answer2"
+    (tmp_path / "quiz.json").write_text(json.dumps([{"instruction": quiz, "answer": "answer1"}]))
+    spelled = Path(ok("init", tmp_path / "q", "--instructions", tmp_path / "quiz.json", "--spell-out")["config"])
+    assert json.loads((spelled.parent / "data/data.jsonl").read_text())["answers"] == {"quiz": ["a frog"]}
+    assert refused("init", tmp_path / "r", "--spell-out").startswith("error E108 ")
 
 
 # --- several devices -------------------------------------------------------------------------------------------------

@@ -377,6 +377,49 @@ def test_one_set_one_file_and_output_for_answer(tmp_path: Path) -> None:
     assert [e.answers["mine"] for e in examples] == [("Ho",), ("1",)]
 
 
+QUIZ = "Pick one: {q}?\n\nAnswer1: {a} Answer2: {b}\n\nAnswer format: answer1/answer2"
+
+
+def test_labelled_options_spelled_out(tmp_path: Path) -> None:
+    rows = [{"instruction": QUIZ.format(q=q, a=a, b=b), "answer": w} for q, a, b, w in [
+        ("wet", "a frog", "a stone: dry", "answer1"), ("dry", "a newt", "sand", "answer2"),
+    ]]  # fmt: skip
+    (tmp_path / "quiz.json").write_text(json.dumps(rows))
+    (tmp_path / "bool.json").write_text(json.dumps([{"instruction": "so?\n\nAnswer format: yes/no", "answer": "yes"}]))
+    files = [tmp_path / "quiz.json", tmp_path / "bool.json"]
+    graph, (wet, dry, plain) = loaded(import_instructions(files, tmp_path / "out", spell_out=True))
+    assert graph.tasks["quiz"].options is None
+    assert (wet.questions, wet.answers) == ({"quiz": "Pick one: wet?"}, {"quiz": ("a frog",)})
+    assert wet.options == {"quiz": ("a frog", "a stone: dry")}
+    assert dry.answers == {"quiz": ("sand",)}
+    assert plain.answers == {"bool": ("yes",)}, "labels that stand for nothing else are the answers"
+    assert not plain.options
+    as_labels, _ = loaded(import_instructions(files, tmp_path / "labels"))
+    assert as_labels.tasks["quiz"].options == ("answer1", "answer2")
+
+
+@pytest.mark.parametrize(("a", "b", "label", "left"), [("x", "x", "answer1", 1), ("", "y", "answer2", 2)])
+def test_options_that_are_no_choice(tmp_path: Path, a: str, b: str, label: str, left: int) -> None:
+    (tmp_path / "quiz.json").write_text(json.dumps([{"instruction": QUIZ.format(q="q", a=a, b=b), "answer": label}]))
+    with pytest.raises(DataError, match=r"quiz\.json\[0\]") as caught:
+        import_instructions(tmp_path / "quiz.json", tmp_path / "out", spell_out=True)
+    assert ("got 1" in str(caught.value)) == (left == 1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [QUIZ.replace("Answer2:", "Other:"), QUIZ.replace("Answer1: {a} Answer2: {b}", "Answer2: {b} Answer1: {a}")],
+)
+@pytest.mark.parametrize("label", ["answer1", "answer3"])
+def test_labels_that_do_not_fit_the_question(tmp_path: Path, asked: str, label: str) -> None:
+    text = json.dumps([{"instruction": asked.format(q="q", a="a", b="b"), "answer": label}])
+    (tmp_path / "quiz.json").write_text(text)
+    with pytest.raises(DataError, match=f"answer '{label}' and format 'answer1/answer2'") as caught:
+        import_instructions(tmp_path / "quiz.json", tmp_path / "out", spell_out=True)
+    assert caught.value.code == "E223"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

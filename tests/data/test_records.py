@@ -70,6 +70,17 @@ def test_a_full_record(folder: Path) -> None:
     assert load_examples(folder, GRAPH, split="train") == []
 
 
+def test_options_of_a_records_own_are_kept_in_its_order(folder: Path) -> None:
+    free = TaskGraph.from_dict({"tasks": {"note": {"question": "Which?"}}})
+    line = {"answers": {"note": "c", "gone": "p"}, "options": {"note": ["a", "b", "c"], "gone": ["p", "q"]}}
+    (example,) = load_examples(put(folder, line), free)
+    assert example.options == {"note": ("a", "b", "c")}
+    assert example.answers == {"note": ("c",)}
+    (record,) = read_records(folder)
+    write_records(folder, [record])
+    assert load_examples(folder, free) == [example]
+
+
 def test_bom_crlf_blank_lines_and_line_separators_inside_text(folder: Path) -> None:
     raw = '\ufeff\r\n{"answers": {"note": "one\u2028two"}}\r\n\r\n{"answers": {"note": "x"}}'
     (folder / "data.jsonl").write_bytes(raw.encode())
@@ -102,6 +113,13 @@ def test_bom_crlf_blank_lines_and_line_separators_inside_text(folder: Path) -> N
         ('{"answers": {"weather": ["rain", "snow"]}}', "E204", "at most 1"),
         ('{"answers": {"wether": "rain"}}', "E204", "Did you mean 'weather'?"),
         ('{"answers": {"colour": "red"}}', "E204", "it answers: colour"),
+        ('{"answers": {"note": "x"}, "options": ["x", "y"]}', "E203", 'such as {"quiz": ["a frog", "a newt"]}'),
+        ('{"answers": {"note": "x"}, "options": {"note": "x"}}', "E203", "'note' needs 2 to 64 options, got 1"),
+        ('{"answers": {"note": "x"}, "options": {"note": ["x", " y"]}}', "E203", "begin or end with a space"),
+        ('{"answers": {"note": "x"}, "options": {"note": ["x", "x"]}}', "E203", "'x' twice"),
+        ('{"answers": {"note": "frig"}, "options": {"note": ["a", "frog"]}}', "E204", "Did you mean 'frog'?"),
+        ('{"answers": {"weather": "rain"}, "options": {"weather": ["rain", "b"]}}', "E204", "leave one of the two out"),
+        ('{"answers": {"note": "x"}, "options": {"road": ["x", "y"]}}', "E204", "no answer to this task"),
         ('{"answers": {"note": "x"}, "image": "images/9.png"}', "E206", "1 image is missing: images/9.png"),
         ('{"answers": {"note": "x"}, "image": "images"}', "E206", "missing"),
         (f'{{"answers": {{"note": "x"}}, "image": "{"a" * 600}"}}', "E206", "missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,31 @@ def test_likelihood_equals_brute_force(family, folders, task):
         assert picked[e.id] == candidates[brute_force(reader, e, task, candidates).argmax()]
 
 
+OWN = [("cat", "a dog"), ("a dog", "stop", "cat"), ("slow down now", "stop"), None, ("cat", "a dog")]
+
+
+@every_family
+def test_examples_with_options_of_their_own(family, folders):
+    """Each is answered by the likeliest of its own, as asked one by one; one without any writes its answer."""
+    own = tiny.graph(tasks={"quiz": {"question": "what is this ?"}, "weather": {"question": "how is the weather ?"}})
+    model, processor = family(torch.float64)
+    attach(model, own, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for layer in gated_layers(model).values():
+        layer.B.copy_(torch.randn(layer.B.shape, generator=generator, dtype=torch.float64) * 0.3)
+    reader = ImageFeatures(model, Encoder(processor, own))
+    known = load_examples(folders[family is not tiny.llama], own, split="test")[: len(OWN)]
+    examples = [replace(e, options={"quiz": o} if o else {}) for e, o in zip(known, OWN, strict=True)]
+    found = answer(reader, examples, "quiz")
+    for e, o in zip(examples, OWN, strict=True):
+        assert found[e.id] == answer(reader, [e], "quiz")[e.id]
+        if o:
+            sets = option_sets(own, "quiz", o)
+            assert found[e.id] == sets[brute_force(reader, e, "quiz", sets).argmax()]
+    written = answer(reader, examples, "quiz", method="generate")
+    assert all(set(written[e.id]) <= set(o) for e, o in zip(examples, OWN, strict=True) if o)
+
+
 def test_a_sure_answer_leaves_nothing_to_read_on(folders):
     """One option so likely that no other's first token beats its whole answer, as after training."""
     model, _processor, data, reader = prepared(tiny.llama, folders)
@@ -114,8 +140,6 @@ def test_a_sure_answer_leaves_nothing_to_read_on(folders):
 @every_family
 def test_scoring_in_parts_and_without_an_image_after_one(family, folders, monkeypatch):
     """More candidates than fit at once; and Qwen2.5-VL keeps an older batch's image positions: not for this one."""
-    from dataclasses import replace
-
     model, _processor, data, reader = prepared(family, folders)
     example = load_examples(data, graph(), split="test")[2]
     candidates = option_sets(graph(), "action")
@@ -237,7 +261,7 @@ def test_generated_answers_are_checked_for_their_format(folders, monkeypatch):
 def test_a_long_answer_has_room_to_be_generated():
     long = " ".join(["rain"] * 60)
     g = tiny.graph(tasks={"t": {"question": "?", "options": [long, "sun"], "choose": 2}})
-    assert module._longest(Encoder(tiny.tokenizer(), g), "t") >= len(
+    assert module._longest(Encoder(tiny.tokenizer(), g), "t", ()) >= len(
         Encoder(tiny.tokenizer(), g).answer_ids([long, "sun"])
     )
 

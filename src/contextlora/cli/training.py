@@ -43,6 +43,7 @@ def init(
     recipe: Annotated[str | None, typer.Option(help="How answers follow from boxes: smartcity-rad, or a file.")] = None,
     llava: Annotated[Path | None, typer.Option(help="Import LLaVA conversations (JSON).")] = None,
     instructions: Annotated[list[Path] | None, typer.Option(help="Import instruction JSON. Repeatable.")] = None,
+    spell_out: Annotated[bool, typer.Option(help="With --instructions: options as texts, not labels.")] = False,
     train: Annotated[int, typer.Option(help="With --scene: pictures to train on.")] = 1200,
     valid: Annotated[int, typer.Option(help="With --scene: pictures to validate on.")] = 200,
     test: Annotated[int, typer.Option(help="With --scene: pictures to test on.")] = 400,
@@ -65,6 +66,7 @@ def init(
             recipe=recipe,
             llava=llava,
             instructions=instructions,
+            spell_out=spell_out,
             sizes=sizes,
             progress=lambda done, total: count("drawing", done, total),
         )

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Item:
     questions: dict[str, str]
     id: str | None = None
     where: object = ""
+    options: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def import_yolo(folder: str | Path, recipe: str | Path, out: str | Path) -> Path:
@@ -124,7 +125,7 @@ def import_llava(
     return _write(Path(out), _infer_graph(Path(source).stem, items), items, source)
 
 
-def import_instructions(source: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+def import_instructions(source: str | Path | Sequence[str | Path], out: str | Path, *, spell_out: bool = False) -> Path:
     """Imports instruction JSON: `[{"instruction", "input", "output", "answer"}, ...]`, each set a task of its own.
 
     The question of a record is its instruction, then a blank line and its input if it has one; the answer is "answer",
@@ -133,6 +134,9 @@ def import_instructions(source: str | Path | Sequence[str | Path], out: str | Pa
     Args:
         source: files, or folders of files. `boolq/train.json` is split train of set boolq; `boolq.json` has no split.
         out: the data folder to make. Returns it.
+        spell_out: where a question lists labelled options (`answer1: a frog answer2: a newt`), ask without them, and
+            take what the label stands for as the answer ("a newt"), to be chosen from the record's own options. Small
+            models know how likely a text is long before they can name its label. Sets without labels stay as they are.
 
     Raises:
         DataError: E223 for a source that does not fit, E222 if `out` holds something else.
@@ -151,8 +155,37 @@ def import_instructions(source: str | Path | Sequence[str | Path], out: str | Pa
                 raise DataError("E223", f"answer should be text or a number, got {str(answer)[:60]!r}", where=where)
             question = "\n\n".join(str(p).strip() for p in parts if p)
             number = f"{name}-{split}-{i:06}" if split else f"{name}-{i:06}"
-            items.append(_Item(None, split, {name: str(answer).strip()}, {name: question}, number, where))
+            item = _Item(None, split, {name: str(answer).strip()}, {name: question}, number, where)
+            items.append(_spelled_out(item, name) if spell_out else item)
     return _write(Path(out), _infer_graph(Path(sources[0]).stem, items), items, sources[0])
+
+
+_FORMAT = re.compile(r"\s*Answer format:\s*([^\n]+?)\s*$", re.IGNORECASE)
+
+
+def _spelled_out(item: _Item, task: str) -> _Item:
+    """The same with the texts of its labelled options instead of their labels; unchanged if the question labels none.
+
+    Raises:
+        DataError: E223 where only some labels have a text, or the answer is none of them.
+    """
+    question, answer = item.questions[task], item.answers[task]
+    if (found := _FORMAT.search(question)) is None:
+        return item
+    labels = [x.strip() for x in found[1].split("/")]
+    marks = [m for x in labels if (m := re.search(rf"(?i)\b{re.escape(x)}:", question))]
+    if not marks:
+        return item
+    if len(marks) < len(labels) or answer not in labels or marks != sorted(marks, key=re.Match.start):
+        text = (
+            f"answer '{answer[:60]}' and format '{'/'.join(labels)[:60]}' should name options that the question lists"
+        )
+        raise DataError("E223", text, where=item.where)
+    ends = [*(m.start() for m in marks[1:]), found.start()]
+    texts = [question[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
+    said, asked = texts[labels.index(answer)], question[: marks[0].start()].strip()
+    options = tuple(dict.fromkeys(texts))  # public sets do list a text twice
+    return replace(item, answers={task: said}, questions={task: asked}, options={task: options})
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -227,7 +260,8 @@ def _infer_graph(name: str, items: list[_Item]) -> TaskGraph:
         answers = sorted({item.answers[task] for item in items if task in item.answers}, key=_natural)
         question, times = asked.most_common(1)[0]
         tasks[task] = {"question": question if times * 2 > asked.total() else f"Answer the {task} question."}
-        if 2 <= len(answers) <= MAX_OPTIONS and all(len(a) <= 100 and "\n" not in a for a in answers):
+        own = any(task in item.options for item in items)
+        if not own and 2 <= len(answers) <= MAX_OPTIONS and all(len(a) <= 100 and "\n" not in a for a in answers):
             tasks[task]["options"] = answers
     return TaskGraph.from_dict({"name": _slug(name), "tasks": tasks}, where="the imported tasks")
 
@@ -271,7 +305,7 @@ def _same(part: Path, out: Path) -> bool:
 
 def _record(item: _Item, graph: TaskGraph, copies: dict[str, Path]) -> Record:
     """The record of an item, whose picture is noted in `copies` under its new name."""
-    data: dict[str, Any] = {"answers": item.answers, "split": item.split, "id": item.id}
+    data: dict[str, Any] = {"answers": item.answers, "split": item.split, "id": item.id, "options": item.options}
     data["questions"] = {t: q for t, q in item.questions.items() if q != graph.tasks[t].question}
     if item.image is not None:
         check_image(item.image)

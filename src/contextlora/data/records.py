@@ -1,7 +1,8 @@
 """A data folder's records: data.jsonl, one strict JSON object a line, read into Examples that fit a task graph.
 
     {"image": "images/0001.jpg", "answers": {"weather": ["rain"], "road": "wet"}, "split": "train", "id": "0001",
-     "questions": {"weather": "asked in other words"}, "facts": {"vehicles": 3}}
+     "questions": {"weather": "asked in other words"}, "options": {"quiz": ["a frog", "a newt"]},
+     "facts": {"vehicles": 3}}
 
 Only `answers` is required. Every fault of a file is collected and reported in one DataError that names file and line.
 """
@@ -16,7 +17,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -25,7 +26,7 @@ from pydantic import Field, field_validator
 from contextlora.data.images import image_hash
 from contextlora.data.jsonl import Faults, read_lines
 from contextlora.errors import DataError, did_you_mean
-from contextlora.graph import Task, TaskGraph, Text
+from contextlora.graph import MAX_OPTIONS, Task, TaskGraph, Text
 from contextlora.strict import Strict
 
 DATA_FILE = "data.jsonl"
@@ -43,6 +44,7 @@ class Record(Strict):
         split: the part it belongs to; give it in every record of a folder or in none.
         id: a name of its own; None takes the image's path.
         questions: this record's wording of a task's question, where it differs from the graph's.
+        options: what this record's answer is one of, by task, where the graph lists no options for the task.
         facts: what is known about the picture besides; training ignores it.
     """
 
@@ -51,6 +53,7 @@ class Record(Strict):
     split: Split | None = None
     id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     questions: dict[str, Text] = Field(default_factory=dict)
+    options: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("image")
@@ -66,6 +69,20 @@ class Record(Strict):
         if not isinstance(value, Mapping):
             raise ValueError('should be an object such as {"weather": ["rain"]}')
         return {task: _answer_list(task, given) for task, given in value.items()}
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _option_lists(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError('should be an object such as {"quiz": ["a frog", "a newt"]}')
+        found = {task: _answer_list(task, given) for task, given in value.items()}
+        for task, options in found.items():
+            name = f"'{str(task)[:60]}'"
+            if not 2 <= len(options) <= MAX_OPTIONS:
+                raise ValueError(f"{name} needs 2 to {MAX_OPTIONS} options, got {len(options)}")
+            if any(o != o.strip() or len(o.splitlines()) > 1 for o in options):
+                raise ValueError(f"{name}: an option may not begin or end with a space or hold a line break")
+        return found
 
     @field_validator("facts")
     @classmethod
@@ -89,6 +106,7 @@ class Example:
         answers: the correct options by task, in the graph's order; after `label_noise` possibly another task's.
         questions: wordings that replace the graph's; a task without an entry is asked as the graph says.
         split: "train", "valid" or "test".
+        options: this example's own options, by task without options in the graph.
     """
 
     id: str
@@ -96,6 +114,7 @@ class Example:
     answers: Mapping[str, tuple[str, ...]]
     questions: Mapping[str, str]
     split: str
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_examples(
@@ -134,8 +153,10 @@ def load_examples(
         part = record.split or _hashed_split(record.image or _stem(record))
         answers = {t: _in_order(graph.tasks[t], record.answers[t]) for t in graph.names if t in record.answers}
         if answers and split in (None, part):
+            image = images[record.image] if record.image else None
             questions = {t: q for t, q in record.questions.items() if t in graph.tasks}
-            examples.append(Example(name, images[record.image] if record.image else None, answers, questions, part))
+            options = {t: o for t, o in record.options.items() if t in graph.tasks}
+            examples.append(Example(name, image, answers, questions, part, options))
     return examples
 
 
@@ -254,7 +275,7 @@ def _misspelled(lines: list[tuple[int, Record]], graph: TaskGraph) -> dict[str, 
 def _refuse_misspelled(lines: list[tuple[int, Record]], graph: TaskGraph, faults: Faults) -> None:
     wrong = _misspelled(lines, graph)
     for line, record in lines:
-        for key, names in (("answers", record.answers), ("questions", record.questions)):
+        for key, names in (("answers", record.answers), ("questions", record.questions), ("options", record.options)):
             for name in names:
                 if name in wrong:
                     faults.add(line, "E204", f"{key}: the graph has no task '{name}'. Did you mean '{wrong[name]}'?")
@@ -274,10 +295,14 @@ def _check_answers(line: int, record: Record, graph: TaskGraph, faults: Faults) 
             continue
         if len(answers) > task.choose:
             faults.add(line, "E204", f"answers.{name}: {len(answers)} answers; at most {task.choose} may be correct")
-        for answer in answers:
-            if task.options is not None and answer not in task.options:
-                hint = did_you_mean(answer, task.options) or f" Options: {', '.join(task.options[:12])}."
-                faults.add(line, "E204", f"answers.{name}: '{answer[:60]}' is not an option.{hint}")
+        if task.options is not None and name in record.options:
+            faults.add(line, "E204", f"options.{name}: the graph lists this task's options; leave one of the two out")
+        options = task.options or record.options.get(name, answers)
+        for answer in (a for a in answers if a not in options):
+            hint = did_you_mean(answer, options) or f" Options: {', '.join(options[:12])}."
+            faults.add(line, "E204", f"answers.{name}: '{answer[:60]}' is not an option.{hint}")
+    for name in record.options.keys() - record.answers.keys():
+        faults.add(line, "E204", f"options.{name}: the record has no answer to this task")
 
 
 def _in_order(task: Task, answers: tuple[str, ...]) -> tuple[str, ...]:

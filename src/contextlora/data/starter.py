@@ -59,6 +59,7 @@ def start_project(
     recipe: str | None = None,
     llava: Path | None = None,
     instructions: Sequence[Path] | None = None,
+    spell_out: bool = False,
     sizes: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -69,7 +70,7 @@ def start_project(
         scene: draw this benchmark.
         yolo, recipe: import a YOLO folder by a recipe.
         llava: import LLaVA conversations.
-        instructions: import instruction JSON.
+        instructions, spell_out: import instruction JSON, its labelled options spelled out or not.
         sizes: of a scene: train, valid, test and seed.
         progress: called with (pictures drawn, of how many).
 
@@ -86,6 +87,8 @@ def start_project(
         raise ConfigError("E108", f"give one source, not {' and '.join(given)}", where="init")
     if bool(yolo) != bool(recipe):
         raise ConfigError("E108", "--yolo and --recipe go together", where="init")
+    if spell_out and not instructions:
+        raise ConfigError("E108", "--spell-out goes with --instructions", where="init")
     config, data = folder / "config.yaml", folder / "data"
     if config.exists() or (not given and data.exists()):
         raise ConfigError("E109", "there is a project here already; name a new folder", where=folder)
@@ -97,7 +100,7 @@ def start_project(
     elif llava:
         import_llava(llava, data)
     elif instructions:
-        import_instructions(list(instructions), data)
+        import_instructions(list(instructions), data, spell_out=spell_out)
     else:
         _example(data)
     many = bool(scene or yolo)

@@ -25,6 +25,7 @@ from contextlora.models.inputs import ImageFeatures, at_least_float32, log_likel
 
 Method = Literal["likelihood", "generate"]
 Answers = dict[str, tuple[str, ...]]  # by example id
+OptionSets = list[tuple[str, ...]]
 MAX_ROWS = 256  # candidate answers scored at once
 MAX_SETS = 4096  # a task with more option sets (some of 64 options, eight at once, make 5 x 10^9) writes its answer
 MAX_NEW_TOKENS = 48
@@ -129,46 +130,78 @@ def answer(
     known: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
-    """Answers one task for each example, by example id. A task without options, or with too many sets, is generated.
+    """Answers one task for each example, by example id. Without options, or with too many sets, it is generated.
 
     `progress` is called with the number of examples answered so far.
     """
-    encoder = reader.encoder
-    candidates = option_sets(encoder.graph, task)
+    encoder, own = reader.encoder, [e.options.get(task) for e in examples]
+    shared = option_sets(encoder.graph, task)
+    sets = [shared if o is None else option_sets(encoder.graph, task, o) for o in own]
     samples = [encoder.sample(e, task, known=(known or {}).get(e.id)) for e in examples]
-    rows = MAX_ROWS // 4 if method == "generate" or not candidates else max(1, MAX_ROWS // len(candidates))
+    writes = [method == "generate" or not s for s in sets]
     found: Answers = {}
     with under(reader.model, task):
-        for part in same_length(samples, rows):
+        for part in _alike(samples, sets, writes):
             batch = collate([samples[i] for i in part], encoder.pad)
-            if method == "generate" or not candidates:
-                options = encoder.graph.task(task).options
-                chosen = [parse_answer(t, options) for t in _generate(reader, batch, _longest(encoder, task))]
+            if writes[part[0]]:
+                said = _generate(reader, batch, _longest(encoder, task, [own[i] or () for i in part]))
+                options = [own[i] or encoder.graph.task(task).options for i in part]
+                chosen = [parse_answer(text, o) for text, o in zip(said, options, strict=True)]
             else:
-                best = score_options(reader, batch, candidates, likeliest=True).argmax(1).tolist()
-                chosen = [candidates[b] for b in best]
+                chosen = _likeliest(reader, batch, [sets[i] for i in part])
             found |= {examples[i].id: c for i, c in zip(part, chosen, strict=True)}
             if progress:
                 progress(len(found))
     return found
 
 
-def option_sets(graph: TaskGraph, task: str) -> list[tuple[str, ...]]:
-    """Every answer a task allows: the sets of 1 to `choose` options, each in declared order; none if over 4096."""
+def _alike(samples: Sequence[Sample], sets: Sequence[OptionSets], writes: Sequence[bool]) -> Iterator[list[int]]:
+    """Indices in batches of equal prompt length that are all written or all compared."""
+    for kind in (True, False):
+        mine = [i for i, w in enumerate(writes) if w is kind]
+        most = max((len(sets[i]) for i in mine), default=0)
+        rows = MAX_ROWS // 4 if kind else max(1, MAX_ROWS // max(most, 1))
+        for part in same_length([samples[i] for i in mine], rows):
+            yield [mine[i] for i in part]
+
+
+def _likeliest(reader: ImageFeatures, batch: Batch, sets: Sequence[OptionSets]) -> list[tuple[str, ...]]:
+    """The likeliest of each prompt's own option sets."""
+    if all(s is sets[0] for s in sets):
+        candidates, allowed = sets[0], None
+    else:
+        candidates = list(dict.fromkeys(c for s in sets for c in s))
+        allowed = torch.tensor([[c in s for c in candidates] for s in map(set, sets)])
+    scores = score_options(reader, batch, candidates, allowed, likeliest=True)
+    return [candidates[b] for b in scores.argmax(1).tolist()]
+
+
+def option_sets(graph: TaskGraph, task: str, options: Sequence[str] | None = None) -> OptionSets:
+    """Every answer a task allows: the sets of 1 to `choose` options, each in declared order; none if over 4096.
+
+    `options` are an example's own, of which one is right; None takes the graph's.
+    """
     t = graph.task(task)
-    if sum(comb(len(t.options or ()), n) for n in range(1, t.choose + 1)) > MAX_SETS:
+    options = options or t.options or ()
+    if sum(comb(len(options), n) for n in range(1, t.choose + 1)) > MAX_SETS:
         return []
-    return [c for n in range(1, t.choose + 1) for c in combinations(t.options or (), n)]
+    return [c for n in range(1, t.choose + 1) for c in combinations(options, n)]
 
 
 def score_options(
-    reader: ImageFeatures, batch: Batch, candidates: Sequence[Sequence[str]], *, likeliest: bool = False
+    reader: ImageFeatures,
+    batch: Batch,
+    candidates: Sequence[Sequence[str]],
+    allowed: Tensor | None = None,
+    *,
+    likeliest: bool = False,
 ) -> Tensor:
     """Log-likelihood of each candidate answer after each prompt, its end token included: (samples, candidates).
 
-    The prompt runs once and its keys and values serve every candidate. All prompts must have one length. With
-    `likeliest` only the largest of a row is sure to be exact: a candidate whose first token alone is less likely than
-    another's whole answer is not read to its end, and keeps its first token's value.
+    The prompt runs once and its keys and values serve every candidate. All prompts must have one length. A candidate
+    that is not `allowed` (samples, candidates) is none of that prompt's, and minus infinite. With `likeliest` only the
+    largest of a row is sure to be exact: a candidate whose first token alone is less likely than another's whole answer
+    is not read to its end, and keeps its first token's value.
     """
     model, encoder = reader.model, reader.encoder
     ids = [torch.tensor(encoder.answer_ids(c)) for c in candidates]
@@ -180,14 +213,16 @@ def score_options(
     with logits_at(model, last):
         out = reader.prompts.run(batch, inputs) if reader.prompts else model(**inputs, use_cache=True)
     first: Tensor = at_least_float32(out.logits).log_softmax(-1)[:, answers[:, 0].to(out.logits.device)].cpu()
+    allowed = torch.ones_like(first, dtype=torch.bool) if allowed is None else allowed
+    first = first.masked_fill(~allowed, -torch.inf)
     if answers.shape[1] == 1:
         return first
     rest = partial(_rest, model, out.past_key_values, answers, real, _positions_after(model, inputs))
     if not likeliest:
-        return rest(first, torch.ones_like(first, dtype=torch.bool))
+        return rest(first, allowed)
     guess = nn.functional.one_hot(first.argmax(1), len(candidates)).bool()
     scores = rest(first, guess)
-    return rest(scores, (first >= scores[guess][:, None]) & ~guess)
+    return rest(scores, (first >= scores[guess][:, None]) & ~guess & allowed)
 
 
 def _rest(
@@ -250,11 +285,11 @@ def under(model: nn.Module, task: str) -> AbstractContextManager[None]:
     return model.tasks(task) if attached_state(model) is not None else nullcontext()  # type: ignore[operator]
 
 
-def _longest(encoder: Encoder, task: str) -> int:
-    """Tokens that any answer of the task fits in."""
+def _longest(encoder: Encoder, task: str, own: Iterable[Sequence[str]]) -> int:
+    """Tokens that any answer fits in, of the task's options or of examples' own."""
     t = encoder.graph.task(task)
-    lengths = sorted((len(encoder.answer_ids([o])) + 1 for o in t.options or ()), reverse=True)
-    return max(MAX_NEW_TOKENS, sum(lengths[: t.choose]))
+    lengths = (sorted((len(encoder.answer_ids([o])) + 1 for o in s), reverse=True) for s in (t.options or (), *own))
+    return max(MAX_NEW_TOKENS, *(sum(found[: t.choose]) for found in lengths))
 
 
 def _generate(reader: ImageFeatures, batch: Batch, tokens: int) -> list[str]:
