@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -102,16 +104,44 @@ def free_port():
         return s.getsockname()[1]
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tiny", "contextlora.gear.launch"])  # torch and transformers are imported once for all
+
+
+class Device:
+    """A worker in a process of its own, forked from one that has done nothing but import what it needs."""
+
+    def __init__(self, order, said, **env):
+        self._said = said
+        self._process = FORKS.Process(target=_work, args=(order, said, {k: str(v) for k, v in env.items()}))
+        self._process.start()
+
+    def wait(self, seconds=120):
+        """What it has written; kills it if it has not ended by then."""
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            raise TimeoutError(self._said.read_text()[-3000:])
+        return self._said.read_text()
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+
+def _work(order, said, env):
+    os.environ.update(env)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [WORKER, str(order)]
+    runpy.run_path(WORKER, run_name="__main__")
+
+
 def apart(tmp_path, devices):
     """Starts every device by itself, as on machines of their own: no agent that ends the others."""
-    port = free_port()
-    shared = {"WORLD_SIZE": len(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, WORKER, str(tmp_path / "order.json")]
-    pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(command, env=environment(RANK=i, **shared), stdout=pipe, stderr=pipe, text=True)
-        for i in range(len(devices))
-    ]
+    shared = {"WORLD_SIZE": len(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [Device(tmp_path / "order.json", tmp_path / f"{d}.said", RANK=i, **shared) for i, d in enumerate(devices)]
 
 
 def ends(tmp_path, words, stages, dtype, resume=False, dies=None, **config):
@@ -119,7 +149,7 @@ def ends(tmp_path, words, stages, dtype, resume=False, dies=None, **config):
     tmp_path.mkdir(exist_ok=True)
     made = ordered(tmp_path, words, stages, dtype, config, resume=resume, **({"dies": dies} if dies else {}))
     workers = apart(tmp_path, made.devices)
-    said = [w.communicate(timeout=120)[1] for w in workers]
+    said = [w.wait() for w in workers]
     if dies:
         assert workers[made.devices.index(dies["device"])].returncode == -signal.SIGKILL
         return "\n".join(said)
