@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.data.scenes import build
 from contextlora.graph import TaskGraph
 from contextlora.models import load_model

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from contextlora.config import TrainConfig, select_layers
 from contextlora.data.collate import Sample
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.gear.cost import Problem
 from contextlora.gear.fleet import Fleet
 from contextlora.gear.profile import Profile, Unit

@@ -25,9 +25,10 @@ from PIL import Image
 
 import contextlora
 from contextlora.data.derive import Recipe
+from contextlora.data.examples import load_examples
 from contextlora.data.images import open_image
 from contextlora.data.importers import import_instructions, import_llava
-from contextlora.data.records import data_hash, inside, load_examples
+from contextlora.data.records import data_hash, inside
 from contextlora.errors import ContextLoRAError
 from contextlora.graph import TaskGraph
 from contextlora.strict import parse_yaml

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from contextlora.data.collate import Encoder, Sample, collate, with_context
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import AdapterError
 
 ids = st.lists(st.integers(4, 60), min_size=1, max_size=9).map(tuple)

@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from contextlora.data.derive import Box, Recipe
+from contextlora.data.examples import Example, load_examples
 from contextlora.data.importers import import_instructions, import_llava, import_yolo
-from contextlora.data.records import Example, load_examples, read_records
+from contextlora.data.records import read_records
 from contextlora.errors import ConfigError, ContextLoRAError, DataError
 from contextlora.graph import TaskGraph
 

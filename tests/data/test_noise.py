@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contextlora.data.examples import Example
 from contextlora.data.noise import label_noise
-from contextlora.data.records import Example
 from contextlora.errors import ConfigError, DataError
 from contextlora.graph import TaskGraph
 

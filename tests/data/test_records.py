@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from contextlora.data.records import Example, Record, data_hash, inside, load_examples, read_records, write_records
+from contextlora.data.examples import Example, load_examples
+from contextlora.data.records import Record, data_hash, inside, read_records, write_records
 from contextlora.errors import DataError
 from contextlora.graph import TaskGraph
 

@@ -13,7 +13,7 @@ import tiny
 from contextlora.baselines import lora
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import AdapterError, ConfigError, DataError, RunError
 from contextlora.evaluation import blocks as module
 from contextlora.evaluation.blocks import block_effects, without_block

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from contextlora.data.collate import Encoder, collate
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import ConfigError, DataError
 from contextlora.evaluation import evaluate as module
 from contextlora.evaluation.evaluate import answer, context_for, evaluate, option_sets, same_length, score_options

@@ -9,7 +9,7 @@ import torch
 import tiny
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import PeerError
 from contextlora.federated.calibration import calibrate
 from contextlora.federated.layer import layers, load_slice, sparse_layers, to_slice

@@ -11,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 import tiny
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import PeerError
 from contextlora.federated.calibration import calibrate
 from contextlora.federated.layer import layers, load_slice, sparse_layers, to_slice

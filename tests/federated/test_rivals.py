@@ -12,7 +12,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import tiny
 from contextlora.data.collate import Encoder
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import ConfigError
 from contextlora.federated.aggregate import EVERYONE, Held
 from contextlora.federated.keep import restore, tensors_of

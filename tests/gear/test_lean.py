@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from contextlora.data.collate import Encoder, collate
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.gear.lean import Unseeing, held_bytes, release
 from contextlora.lora.attach import attach, decoder_layers, trainable_parameters
 from contextlora.models.inputs import ImageFeatures, answer_nll

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import ConfigError, RunError
 from contextlora.models import fingerprint, vision_fingerprint
 from contextlora.models.projector import point_at_words

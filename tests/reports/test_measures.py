@@ -13,7 +13,7 @@ from test_page import parsed
 from typer.testing import CliRunner
 
 from contextlora.cli import app
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.data.scenes import scenario_graph
 from contextlora.errors import AdapterError, ConfigError
 from contextlora.reports import probes

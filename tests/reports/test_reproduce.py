@@ -19,7 +19,7 @@ from test_page import EVIL, parsed
 from typer.testing import CliRunner
 
 from contextlora.cli import app
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.data.scenes import build, scenario_graph
 from contextlora.errors import ConfigError, DataError, RunError
 from contextlora.reports import bench as bench_module

@@ -9,8 +9,8 @@ from PIL import Image
 import tiny
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
+from contextlora.data.examples import load_examples
 from contextlora.data.images import open_image
-from contextlora.data.records import load_examples
 from contextlora.models.inputs import FEATURES, ImageFeatures, answer_nll, logits_at
 from contextlora.training.loop import task_samples, training_examples
 

@@ -11,7 +11,7 @@ import torch
 import tiny
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder, collate
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import ConfigError, DataError, RunError
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.lora.attach import attach, attached_state, gated_layers, trainable_groups

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from contextlora.data.examples import Example
 from contextlora.data.images import open_image
-from contextlora.data.records import Example
 from contextlora.errors import AdapterError
 from contextlora.graph import TaskGraph
 

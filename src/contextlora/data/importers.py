@@ -7,38 +7,21 @@ nothing; a folder that holds anything else is refused. Pictures are copied under
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from contextlora.data.derive import Recipe
 from contextlora.data.derive.yolo import SPLIT_NAMES, labelled_pictures, read_boxes, read_classes
-from contextlora.data.images import check_image, image_hash
+from contextlora.data.items import Item, infer_graph, slug, write_folder
 from contextlora.data.jsonl import parse_json
-from contextlora.data.records import DATA_FILE, Record, inside, write_records
+from contextlora.data.records import inside
 from contextlora.errors import ConfigError, DataError, did_you_mean
-from contextlora.graph import TaskGraph
-from contextlora.strict import read_yaml, validate
+from contextlora.strict import read_yaml
 
-MAX_OPTIONS = 8
 MAX_JSON = 1 << 30
-
-
-@dataclass
-class _Item:
-    """What an importer found: one picture (or none) with question and answer by task."""
-
-    image: Path | None
-    split: str | None
-    answers: dict[str, str]
-    questions: dict[str, str]
-    id: str | None = None
-    where: object = ""
-    options: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def import_yolo(folder: str | Path, recipe: str | Path, out: str | Path) -> Path:
@@ -69,12 +52,12 @@ def import_yolo(folder: str | Path, recipe: str | Path, out: str | Path) -> Path
         if not boxes and rules.without_boxes is None:
             bare.append(image)
         elif (answers := rules.answers(boxes)) is not None:
-            items.append(_Item(image, split, answers, {}, where=label))
+            items.append(Item(image, split, answers, {}, where=label))
     if bare:
         some = ", ".join(p.name for p in bare[:3])
         text = f"{len(bare)} pictures have no boxes ({some}); say in the recipe what to do: `without_boxes: skip`"
         raise DataError("E223", text, where=folder)
-    return _write(Path(out), rules.graph, items, folder)
+    return write_folder(Path(out), rules.graph, items, folder)
 
 
 def import_llava(
@@ -112,7 +95,7 @@ def import_llava(
             if image is not None and not isinstance(image, str):
                 raise DataError("E223", "image should be one path", where=where)
             found = inside(images or path.parent, image) if image else None
-            item = _Item(found, split, {}, {}, _id(raw.get("id")), where)
+            item = Item(found, split, {}, {}, _id(raw.get("id")), where)
             for turn, (question, answer) in enumerate(_turns(raw.get("conversations"), where)):
                 name = _task_of(question, turn, tasks, where)
                 if name in item.answers:
@@ -122,7 +105,7 @@ def import_llava(
     twice = {i for i, n in Counter(item.id for item in items).items() if n > 1}
     for item in items:
         item.id = None if item.id in twice else item.id
-    return _write(Path(out), _infer_graph(Path(source).stem, items), items, source)
+    return write_folder(Path(out), infer_graph(Path(source).stem, items), items, source)
 
 
 def import_instructions(source: str | Path | Sequence[str | Path], out: str | Path, *, spell_out: bool = False) -> Path:
@@ -144,7 +127,7 @@ def import_instructions(source: str | Path | Sequence[str | Path], out: str | Pa
     sources: list[str | Path] = [source] if isinstance(source, str | Path) else list(source)
     items = []
     for path, split in _json_files(sources):
-        name = _slug(path.parent.resolve().name if split else path.stem)
+        name = slug(path.parent.resolve().name if split else path.stem)
         for i, raw in enumerate(_read_json(path)):
             where = f"{path}[{i}]"
             parts = [raw.get("instruction"), raw.get("input") or ""]
@@ -155,15 +138,15 @@ def import_instructions(source: str | Path | Sequence[str | Path], out: str | Pa
                 raise DataError("E223", f"answer should be text or a number, got {str(answer)[:60]!r}", where=where)
             question = "\n\n".join(str(p).strip() for p in parts if p)
             number = f"{name}-{split}-{i:06}" if split else f"{name}-{i:06}"
-            item = _Item(None, split, {name: str(answer).strip()}, {name: question}, number, where)
+            item = Item(None, split, {name: str(answer).strip()}, {name: question}, number, where)
             items.append(_spelled_out(item, name) if spell_out else item)
-    return _write(Path(out), _infer_graph(Path(sources[0]).stem, items), items, sources[0])
+    return write_folder(Path(out), infer_graph(Path(sources[0]).stem, items), items, sources[0])
 
 
 _FORMAT = re.compile(r"\s*Answer format:\s*([^\n]+?)\s*$", re.IGNORECASE)
 
 
-def _spelled_out(item: _Item, task: str) -> _Item:
+def _spelled_out(item: Item, task: str) -> Item:
     """The same with the texts of its labelled options instead of their labels; unchanged if the question labels none.
 
     Raises:
@@ -250,74 +233,3 @@ def _task_of(question: str, turn: int, tasks: Mapping[str, str] | Sequence[str] 
 
 def _id(value: Any) -> str | None:
     return str(value)[:200] or None if isinstance(value, str | int) else None
-
-
-def _infer_graph(name: str, items: list[_Item]) -> TaskGraph:
-    """A graph without edges: each task's commonest question and, where they are few, its answers as options."""
-    tasks: dict[str, dict[str, Any]] = {}
-    for task in dict.fromkeys(t for item in items for t in item.answers):
-        asked = Counter(item.questions[task] for item in items if task in item.answers)
-        answers = sorted({item.answers[task] for item in items if task in item.answers}, key=_natural)
-        question, times = asked.most_common(1)[0]
-        tasks[task] = {"question": question if times * 2 > asked.total() else f"Answer the {task} question."}
-        own = any(task in item.options for item in items)
-        if not own and 2 <= len(answers) <= MAX_OPTIONS and all(len(a) <= 100 and "\n" not in a for a in answers):
-            tasks[task]["options"] = answers
-    return TaskGraph.from_dict({"name": _slug(name), "tasks": tasks}, where="the imported tasks")
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """A key that sorts answer2 before answer10."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d{1,9})", text)]
-
-
-# --- the data folder -------------------------------------------------------------------------------------------------
-
-
-def _write(out: Path, graph: TaskGraph, items: list[_Item], source: object) -> Path:
-    """Writes the data folder beside `out`, then moves it there."""
-    if not items:
-        raise DataError("E223", "nothing to import", where=source)
-    copies: dict[str, Path] = {}
-    records = [_record(item, graph, copies) for item in items]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:40]}-") as scratch:
-            part = Path(scratch) / "data"
-            write_records(part, records)
-            graph.save(part / "graph.yaml")
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                if not _same(part, out) or not all((out / name).is_file() for name in copies):
-                    raise DataError("E222", "holds something else; give an empty or a new folder", where=out)
-                return out
-            (part / "images").mkdir()
-            for name, path in copies.items():
-                shutil.copyfile(path, part / name)
-            return part.replace(out)
-    except OSError as e:
-        raise DataError("E222", f"cannot be written: {e.strerror}", where=out) from None
-
-
-def _same(part: Path, out: Path) -> bool:
-    names = (DATA_FILE, "graph.yaml")
-    return all((out / n).is_file() and (out / n).read_bytes() == (part / n).read_bytes() for n in names)
-
-
-def _record(item: _Item, graph: TaskGraph, copies: dict[str, Path]) -> Record:
-    """The record of an item, whose picture is noted in `copies` under its new name."""
-    data: dict[str, Any] = {"answers": item.answers, "split": item.split, "id": item.id, "options": item.options}
-    data["questions"] = {t: q for t, q in item.questions.items() if q != graph.tasks[t].question}
-    if item.image is not None:
-        check_image(item.image)
-        name = f"images/{_slug(item.image.stem)}-{image_hash(item.image)[:12]}{item.image.suffix.lower()}"
-        copies.setdefault(name, item.image)
-        data["image"] = name
-    try:
-        return validate(Record, data)
-    except ConfigError as e:
-        raise DataError("E223", e.message, where=item.where) from None
-
-
-def _slug(text: str) -> str:
-    """`text` as a safe file or task name."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:60] or "unnamed"

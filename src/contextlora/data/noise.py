@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import DataError
 from contextlora.graph import TaskGraph
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from contextlora.data.examples import Example
 from contextlora.data.images import check_image
-from contextlora.data.records import Example
 from contextlora.errors import AdapterError, ConfigError
 from contextlora.evaluation.evaluate import Answers, Method, answer, context_for
 from contextlora.graph import TaskGraph

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from contextlora.data.collate import Encoder
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.errors import ConfigError, DataError
 from contextlora.evaluation.evaluate import Answers, answer, context_for
 from contextlora.evaluation.metrics import Accuracy, score

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from contextlora.data.collate import Batch, Encoder, Sample, collate
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.metrics import Accuracy, parse_answer, score
 from contextlora.graph import TaskGraph

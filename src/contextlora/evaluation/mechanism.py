@@ -21,7 +21,7 @@ from torch import Tensor
 
 from contextlora.baselines import lora
 from contextlora.data.collate import Batch, collate
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import DataError, RunError
 from contextlora.evaluation.blocks import active_blocks, without
 from contextlora.evaluation.evaluate import context_for

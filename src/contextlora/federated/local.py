@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Batch, collate
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import PeerError
 from contextlora.federated.aggregate import EVERYONE
 from contextlora.federated.layer import load_slice, to_slice

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contextlora.data.collate import collate
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.evaluate import answer, same_length
 from contextlora.evaluation.metrics import Accuracy, score

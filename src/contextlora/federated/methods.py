@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import ConfigError
 from contextlora.federated.aggregate import EVERYONE
 from contextlora.federated.calibration import calibrate

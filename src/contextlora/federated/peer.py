@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import PeerError
 from contextlora.federated import together
 from contextlora.federated.aggregate import Held, Update, choice_of, strategy

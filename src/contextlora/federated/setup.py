@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from contextlora.data.collate import Encoder
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.errors import ConfigError, did_you_mean
 from contextlora.federated.channel import Channel, RadioChannel
 from contextlora.federated.federation import Federation

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from contextlora.config import RunConfig, select_layers
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import PlanError, did_you_mean
 from contextlora.gear.algorithm2 import algorithm2
 from contextlora.gear.cost import Problem, pace, there_and_back

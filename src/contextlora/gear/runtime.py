@@ -21,7 +21,7 @@ from torch import nn
 
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Sample, collate
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import PlanError, RunError
 from contextlora.evaluation.evaluate import Answers, context_for
 from contextlora.gear.cost import AHEAD, QUEUE

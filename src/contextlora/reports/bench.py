@@ -17,7 +17,7 @@ import torch
 
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.data.scenes import build
 from contextlora.graph import TaskGraph
 from contextlora.lora.attach import detach

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contextlora.config import AlignConfig, RunConfig, TrainConfig
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.data.scenes import SCENARIOS, build
 from contextlora.errors import RunError, did_you_mean
 from contextlora.evaluation.ask import ask

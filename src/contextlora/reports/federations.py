@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.errors import DataError
 from contextlora.evaluation.evaluate import answer
 from contextlora.evaluation.metrics import score

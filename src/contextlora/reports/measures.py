@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from contextlora.data.examples import Example, load_examples
 from contextlora.data.jsonl import Faults, read_lines
-from contextlora.data.records import Example, load_examples
 from contextlora.errors import DataError, did_you_mean
 from contextlora.evaluation.evaluate import evaluate
 from contextlora.evaluation.metrics import score

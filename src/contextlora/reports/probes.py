@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contextlora.data.collate import Batch
-from contextlora.data.records import Example, load_examples
+from contextlora.data.examples import Example, load_examples
 from contextlora.errors import AdapterError
 from contextlora.evaluation.blocks import block_effects
 from contextlora.evaluation.evaluate import answer

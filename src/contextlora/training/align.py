@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from contextlora.data.examples import Example
 from contextlora.data.images import open_image
-from contextlora.data.records import Example
 from contextlora.errors import ConfigError, RunError
 from contextlora.models.hub import stamp
 from contextlora.models.projector import point_at_words, scale_projector, start_projector

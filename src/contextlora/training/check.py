@@ -16,8 +16,9 @@ from torch import Tensor
 
 from contextlora.config import RunConfig, TrainConfig
 from contextlora.data.collate import Sample, collate
+from contextlora.data.examples import Example, load_examples
 from contextlora.data.images import check_image, image_hash
-from contextlora.data.records import SPLITS, Example, load_examples
+from contextlora.data.records import SPLITS
 from contextlora.errors import AdapterError, RunError
 from contextlora.graph import TaskGraph
 from contextlora.lora.adapter import Adapter

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Batch, Encoder, Sample, collate
+from contextlora.data.examples import Example, load_examples
 from contextlora.data.noise import label_noise
-from contextlora.data.records import Example, data_hash, load_examples
+from contextlora.data.records import data_hash
 from contextlora.errors import DataError, RunError
 from contextlora.evaluation.evaluate import Answers, context_for
 from contextlora.graph import TaskGraph

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from contextlora.config import TrainConfig
 from contextlora.data.collate import Encoder
+from contextlora.data.examples import load_examples
 from contextlora.data.noise import label_noise
-from contextlora.data.records import data_hash, load_examples
+from contextlora.data.records import data_hash
 from contextlora.errors import ConfigError
 from contextlora.evaluation.evaluate import Answers, Evaluation, evaluate
 from contextlora.evaluation.metrics import Accuracy, score

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from contextlora.config import RunConfig, load
-from contextlora.data.records import Example
+from contextlora.data.examples import Example
 from contextlora.errors import AdapterError, RunError
 from contextlora.evaluation.evaluate import Evaluation
 from contextlora.evaluation.metrics import score

@@ -12,7 +12,7 @@ from huggingface_hub import cached_assets_path
 
 from contextlora.config import RunConfig, load
 from contextlora.data.collate import Encoder
-from contextlora.data.records import load_examples
+from contextlora.data.examples import load_examples
 from contextlora.errors import AdapterError, ConfigError, ContextLoRAError
 from contextlora.evaluation.evaluate import Evaluation, Method, evaluate
 from contextlora.graph import TaskGraph
