@@ -115,7 +115,7 @@ def words(tmp_path_factory):
     return tiny.write_data(tmp_path_factory.mktemp("words"), train=10, test=2)
 
 
-ALWAYS = ("data, uneven", "streamed", "two, uneven", "local cache")  # one of each kind; the others take minutes more
+ALWAYS = ("data, uneven", "streamed", "two, uneven", "local cache")  # one of each kind
 
 
 def marked(names, always=ALWAYS):
