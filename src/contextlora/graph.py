@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,6 +25,16 @@ MAX_OPTIONS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
+
+
+def check_options(options: Sequence[str], whose: str = "") -> None:
+    """Raises ValueError for what cannot be a list to choose from, a task's or a record's own (then `whose` is said)."""
+    if not 2 <= len(options) <= MAX_OPTIONS:
+        raise ValueError(f"{whose} needs 2 to {MAX_OPTIONS} options, got {len(options)}".lstrip())
+    if any(o != o.strip() or len(o.splitlines()) > 1 for o in options):
+        raise ValueError(
+            f"{whose + ': ' * bool(whose)}an option may not begin or end with a space or hold a line break"
+        )
 
 
 class Task(Strict):
@@ -64,10 +74,8 @@ class Task(Strict):
     @field_validator("options")
     @classmethod
     def _some_options(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and not 2 <= len(value) <= MAX_OPTIONS:
-            raise ValueError(f"needs 2 to {MAX_OPTIONS} options, got {len(value)}")
-        if value and any(o != o.strip() or len(o.splitlines()) > 1 for o in value):
-            raise ValueError("an option may not begin or end with a space or hold a line break")
+        if value is not None:
+            check_options(value)
         return value
 
 

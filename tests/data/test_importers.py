@@ -399,6 +399,14 @@ def test_labelled_options_spelled_out(tmp_path: Path) -> None:
     assert as_labels.tasks["quiz"].options == ("answer1", "answer2")
 
 
+@pytest.mark.parametrize("asked", [" " * 400_000 + "x", "answer format:" + " " * 400_000 + "x\ny"])
+def test_a_question_of_blanks_hangs_nobody(tmp_path: Path, asked: str) -> None:
+    rows = [{"instruction": i + asked, "answer": "a"} for i in "pq"]
+    (tmp_path / "blank.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="4000"):
+        import_instructions(tmp_path / "blank.json", tmp_path / "out", spell_out=True)
+
+
 @pytest.mark.parametrize(("a", "b", "label", "left"), [("x", "x", "answer1", 1), ("", "y", "answer2", 2)])
 def test_options_that_are_no_choice(tmp_path: Path, a: str, b: str, label: str, left: int) -> None:
     (tmp_path / "quiz.json").write_text(json.dumps([{"instruction": QUIZ.format(q="q", a=a, b=b), "answer": label}]))

@@ -143,7 +143,7 @@ def import_instructions(source: str | Path | Sequence[str | Path], out: str | Pa
     return write_folder(Path(out), infer_graph(Path(sources[0]).stem, items), items, sources[0])
 
 
-_FORMAT = re.compile(r"\s*Answer format:\s*([^\n]+?)\s*$", re.IGNORECASE)
+_FORMAT = re.compile("answer format:", re.IGNORECASE)
 
 
 def _spelled_out(item: Item, task: str) -> Item:
@@ -153,18 +153,17 @@ def _spelled_out(item: Item, task: str) -> Item:
         DataError: E223 where only some labels have a text, or the answer is none of them.
     """
     question, answer = item.questions[task], item.answers[task]
-    if (found := _FORMAT.search(question)) is None:
+    *_, mark = (None, *_FORMAT.finditer(question))
+    if mark is None or not (form := question[mark.end() :].strip()) or "\n" in form:
         return item
-    labels = [x.strip() for x in found[1].split("/")]
+    labels = [x.strip() for x in form.split("/")]
     marks = [m for x in labels if (m := re.search(rf"(?i)\b{re.escape(x)}:", question))]
     if not marks:
         return item
     if len(marks) < len(labels) or answer not in labels or marks != sorted(marks, key=re.Match.start):
-        text = (
-            f"answer '{answer[:60]}' and format '{'/'.join(labels)[:60]}' should name options that the question lists"
-        )
+        text = f"answer '{answer[:60]}' and format '{form[:60]}' should name options that the question lists"
         raise DataError("E223", text, where=item.where)
-    ends = [*(m.start() for m in marks[1:]), found.start()]
+    ends = [*(m.start() for m in marks[1:]), mark.start()]
     texts = [question[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
     said, asked = texts[labels.index(answer)], question[: marks[0].start()].strip()
     options = tuple(dict.fromkeys(texts))  # public sets do list a text twice

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from contextlora.data.images import image_hash
 from contextlora.data.jsonl import Faults, read_lines
 from contextlora.errors import DataError
-from contextlora.graph import MAX_OPTIONS, Text
+from contextlora.graph import Text, check_options
 from contextlora.strict import Strict
 
 DATA_FILE = "data.jsonl"
@@ -50,7 +50,7 @@ class Record(Strict):
     split: Split | None = None
     id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     questions: dict[str, Text] = Field(default_factory=dict)
-    options: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(default_factory=dict)
+    options: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("image")
@@ -74,11 +74,7 @@ class Record(Strict):
             raise ValueError('should be an object such as {"quiz": ["a frog", "a newt"]}')
         found = {task: _answer_list(task, given) for task, given in value.items()}
         for task, options in found.items():
-            name = f"'{str(task)[:60]}'"
-            if not 2 <= len(options) <= MAX_OPTIONS:
-                raise ValueError(f"{name} needs 2 to {MAX_OPTIONS} options, got {len(options)}")
-            if any(o != o.strip() or len(o.splitlines()) > 1 for o in options):
-                raise ValueError(f"{name}: an option may not begin or end with a space or hold a line break")
+            check_options(options, f"'{str(task)[:60]}'")
         return found
 
     @field_validator("facts")
